@@ -1,0 +1,1 @@
+"""Live migration of real KVM guests, as an asyncio pipeline."""

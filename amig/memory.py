@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -114,7 +115,7 @@ class MemoryMap:
             indexes.add(slot.index)
             spans.append((slot.guest_phys, slot.guest_phys + slot.size))
         spans.sort()
-        if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        if any(end > start for (_, end), (start, _) in pairwise(spans)):
             raise UsageError("memory slots overlap in the guest's physical address space")
 
 

@@ -1,0 +1,1 @@
+"""The guest protocol: messages, server, client, descriptor passing."""

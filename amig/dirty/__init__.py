@@ -1,0 +1,1 @@
+"""Dirty logging: strategies, and the hub that owns GET and CLEAR for many users."""

@@ -1,8 +1,8 @@
 """The seams of dirty logging: what the kernel offers, what a user of the log sees, and what a strategy decides.
 
-`KernelLog` is GET and CLEAR for one slot: KVM's (`amig.kvm`) or the exact model's (`amig.sim`). The hub owns it and serves
-many users; a `Strategy` tells the hub which bits to clear in the kernel, and is three pure functions over bitmaps, so
-that the very class that runs on KVM is the one that is proven in the model.
+`KernelLog` is GET and CLEAR for one slot: KVM's (`amig.kvm`) or the exact model's (`amig.sim`). The hub owns it and
+serves many users; a `Strategy` tells the hub which bits to clear in the kernel, and is three pure functions over
+bitmaps, so that the very class that runs on KVM is the one that is proven in the model.
 """
 
 from __future__ import annotations
