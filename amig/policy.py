@@ -1,0 +1,123 @@
+"""What the operator wants of a migration, and the decision that follows from it after every round. Pure."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from amig.errors import UsageError
+from amig.memory import PAGE_SIZE
+
+Compression = Literal["none", "zstd", "auto"]
+OnTimeout = Literal["cancel", "switch"]
+
+MIB = 1 << 20
+MIN_CHUNK = 256 << 10
+MAX_CHUNK = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Limits and choices of one migration. Raises `UsageError` when a value makes no sense."""
+
+    bandwidth: float | None = None
+    """Most bytes a second over all connections; None: as fast as the link."""
+    downtime: float = 0.1
+    """Seconds the guest may stand still."""
+    max_rounds: int = 100
+    """Rounds before ``on_timeout`` applies."""
+    timeout: float | None = None
+    """Seconds from the start after which ``on_timeout`` applies; None: no limit."""
+    on_timeout: OnTimeout = "cancel"
+    """``cancel``: the guest stays; ``switch``: it moves with whatever downtime that takes."""
+    chunk: int = MIB
+    """Most dirty bytes of a chunk."""
+    chunk_span: int | None = None
+    """Most bytes of address range of a chunk; None: as far as the dirty bytes reach."""
+    dirty_log: str | None = None
+    """Strategy of the dirty log; None: the host's best."""
+    compression: Compression = "none"
+    level: int = 1
+    """zstd level, 1 to 19."""
+    workers: int = 1
+    """Threads that compress, and that decompress on the destination."""
+    streams: int = 1
+    """Connections that carry memory."""
+    connect_timeout: float = 10.0
+    """Seconds for each connection and for the handshake."""
+    handover_timeout: float = 30.0
+    """Seconds to wait for each answer of the handover (PREPARED, RUNNING)."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.bandwidth is None or self.bandwidth >= 1 << 16, "bandwidth below 64 KiB/s"),
+            (0 < self.downtime <= 3600, "a downtime limit that is not between 0 and 1 h"),
+            (1 <= self.max_rounds <= 1_000_000, "a number of rounds that is not between 1 and 1000000"),
+            (self.timeout is None or self.timeout > 0, "a timeout that is not above 0"),
+            (self.on_timeout in ("cancel", "switch"), "on-timeout that is neither cancel nor switch"),
+            (MIN_CHUNK <= self.chunk <= MAX_CHUNK, "a chunk that is not between 256KiB and 1GiB"),
+            (self.chunk_span is None or self.chunk_span >= MIN_CHUNK, "a chunk span below 256KiB"),
+            (self.compression in ("none", "zstd", "auto"), "compression that is not none, zstd or auto"),
+            (1 <= self.level <= 19, "a zstd level that is not between 1 and 19"),
+            (1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),
+            (1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
+            (self.connect_timeout > 0 and self.handover_timeout > 0, "a time limit that is not above 0"),
+        )
+        for sane, fault in checks:
+            if not sane:
+                raise UsageError(f"the policy asks for {fault}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Limits:
+    """The part of a policy that may change while the migration runs."""
+
+    bandwidth: float | None
+    downtime: float
+
+    @classmethod
+    def of(cls, policy: Policy) -> Limits:
+        """Return the limits a migration starts with."""
+        return cls(bandwidth=policy.bandwidth, downtime=policy.downtime)
+
+
+class Verdict(enum.Enum):
+    """What to do after a round."""
+
+    GO_ON = "go on"
+    SWITCH = "switch"
+    """The remaining pages fit the downtime limit."""
+    FORCE = "force"
+    """They don't, but a limit was reached and the operator said ``switch``."""
+    GIVE_UP = "give up"
+    """They don't, a limit was reached and the operator said ``cancel``."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Convergence:
+    """Decides after every sync whether the guest can be moved within its downtime limit.
+
+    The budget is what is left to send at the rate achieved, plus the fixed part: kick, final sync, save, round trips,
+    the two durable records, restore. ``fixed`` starts as an estimate and is corrected by what was measured.
+    """
+
+    policy: Policy
+    limits: Limits
+    fixed: float = 0.004
+    history: list[float] = field(default_factory=list)
+    """Remaining bytes seen after each round, the last 16."""
+
+    def downtime(self, remaining_bytes: float, rate: float) -> float:
+        """Return the expected downtime in seconds."""
+        return self.fixed + (remaining_bytes / rate if rate else float("inf") if remaining_bytes else 0.0)
+
+    def judge(self, *, rounds: int, remaining_bytes: float, rate: float, elapsed: float) -> Verdict:
+        """Decide; ``rounds`` are those done, ``rate`` in bytes/s, ``elapsed`` in seconds since the start."""
+        self.history = [*self.history[-15:], remaining_bytes]
+        if self.downtime(remaining_bytes, rate) <= self.limits.downtime or remaining_bytes <= 4 * PAGE_SIZE:
+            return Verdict.SWITCH
+        late = self.policy.timeout is not None and elapsed >= self.policy.timeout
+        if late or rounds >= self.policy.max_rounds:
+            return Verdict.FORCE if self.policy.on_timeout == "switch" else Verdict.GIVE_UP
+        return Verdict.GO_ON

@@ -1,0 +1,88 @@
+"""What flows between the stages: extents, chunks, blocks, and the mark at the end of a round.
+
+An *extent* is planned, a *chunk* is an extent whose bits were taken and cleared, a *block* is (a part of) a chunk's
+pages as encoded for the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from amig.memory import PAGE_SIZE, Words
+
+BLOCK_PAGES = 256
+"""Most pages of content in a block: 1 MiB."""
+BLOCK_SPAN = 1 << 16
+"""A block lies within one range of so many pages that starts at a multiple of it, so its bitmaps stay within 8 KiB."""
+
+PageIndex = npt.NDArray[np.int64]
+"""Page numbers within a region, ascending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """A 64-aligned range of a region that is to be cleared and read as one chunk."""
+
+    round: int
+    region: int
+    first: int
+    count: int
+    dirty: int
+    """Pages known to be dirty in it when it was planned; a take may find more."""
+    sparse: bool
+    """Holes may lie in it: look for them after the clear, before reading."""
+
+    @property
+    def size(self) -> int:
+        """Dirty bytes."""
+        return self.dirty * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """An extent whose pending bits are now ours and cleared in the kernel: its pages may be read."""
+
+    extent: Extent
+    words: Words
+    """The bits taken."""
+    cleared_ns: int
+    """Monotonic time at which the clear began."""
+
+
+class Codec(IntEnum):
+    """How a block's content is encoded."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Pages of one region as they travel."""
+
+    round: int
+    region: int
+    first: int
+    """Page that bit 0 of the bitmaps stands for; a multiple of 64."""
+    span: int
+    """Pages the bitmaps cover."""
+    pages: Words
+    """Pages in this block, zero or not."""
+    zero: Words
+    """Those of them that are zero: no content travels."""
+    data_pages: int
+    zero_pages: int
+    codec: Codec
+    data: memoryview
+    """Content of the non-zero pages in ascending order, encoded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEnd:
+    """Everything of a round has passed."""
+
+    round: int

@@ -1,0 +1,98 @@
+"""What a migration counts and measures. Pure: time comes in as a number of nanoseconds or seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class Histogram:
+    """Durations in nanoseconds, in buckets an eighth of an octave wide (so a percentile is right within 9 %).
+
+    Bounded: 512 counters, whatever is recorded.
+    """
+
+    STEPS = 8
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(64 * self.STEPS, np.int64)
+        self.count = 0
+        self.max_ns = 0
+
+    def record(self, ns: int) -> None:
+        """Count one duration; negative ones count as zero."""
+        ns = max(ns, 0)
+        bucket = int(np.log2(ns) * self.STEPS) if ns else 0
+        self._counts[min(bucket, len(self._counts) - 1)] += 1
+        self.count += 1
+        self.max_ns = max(self.max_ns, ns)
+
+    def percentile(self, share: float) -> float:
+        """Return the upper edge in ns of the bucket below which ``share`` (0..1) of all durations lie; 0 if none."""
+        if not self.count:
+            return 0.0
+        bucket = int(np.searchsorted(np.cumsum(self._counts), share * self.count))
+        return min(float(2 ** ((bucket + 1) / self.STEPS)), float(self.max_ns))
+
+
+class LinkMeter:
+    """How fast the link carries, measured only while something is really being sent (design rule 11).
+
+    Any number of connections: time counts while at least one of them is sending. Older traffic fades, so that the
+    figure follows a link that changes; ``memory`` is the number of bytes after which it weighs 1/e.
+    """
+
+    def __init__(self, memory: int = 64 << 20) -> None:
+        self._memory = memory
+        self._active = 0
+        self._since = 0
+        self._bytes = 0.0
+        self._busy_ns = 0.0
+
+    def begin(self, now_ns: int) -> None:
+        """A connection starts to send."""
+        if self._active == 0:
+            self._since = now_ns
+        self._active += 1
+
+    def end(self, now_ns: int, sent: int) -> None:
+        """A connection has sent ``sent`` bytes."""
+        fade = float(np.exp(-sent / self._memory))
+        self._bytes = self._bytes * fade + sent
+        self._busy_ns = self._busy_ns * fade + (now_ns - self._since)
+        self._since = now_ns
+        self._active -= 1
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate, or 0 before anything was sent."""
+        return self._bytes / self._busy_ns * 1e9 if self._busy_ns else 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class MigrationStats:
+    """Counters of one migration, source side. Pages are 4 KiB guest pages."""
+
+    pages_total: int = 0
+    """Pages of guest memory."""
+    pages_sent: int = 0
+    """Pages whose content went over the wire, counted each time."""
+    pages_zero: int = 0
+    """Zero pages: holes of the first round, and pages sent as a bit, counted each time."""
+    pages_resent: int = 0
+    """Pages sent (as content or as a zero bit) after they had been sent before."""
+    bytes_memory: int = 0
+    """Guest bytes carried as content, before compression."""
+    bytes_wire: int = 0
+    """Bytes given to the connections, everything included."""
+    chunks: int = 0
+    blocks: int = 0
+    rounds: int = 0
+    window: Histogram = field(default_factory=Histogram)
+    """From the start of a chunk's clear to the last byte read of it."""
+    link: LinkMeter = field(default_factory=LinkMeter)
+    sync_ns: int = 0
+    take_ns: int = 0
+    read_ns: int = 0
+    compress_ns: int = 0
