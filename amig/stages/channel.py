@@ -38,7 +38,18 @@ class ChannelStatistics:
 
 
 class _State(Generic[T]):
-    __slots__ = ("getters", "high_water", "items", "limit", "putters", "receiving", "sending", "total", "used")
+    __slots__ = (
+        "getters",
+        "high_water",
+        "hungry",
+        "items",
+        "limit",
+        "putters",
+        "receiving",
+        "sending",
+        "total",
+        "used",
+    )
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -50,6 +61,7 @@ class _State(Generic[T]):
         self.receiving = True
         self.getters: deque[asyncio.Future[None]] = deque()
         self.putters: deque[asyncio.Future[None]] = deque()
+        self.hungry: deque[asyncio.Future[None]] = deque()
 
     def wake(self, waiters: deque[asyncio.Future[None]], *, everyone: bool = False) -> None:
         while waiters:
@@ -114,6 +126,16 @@ class SendEnd(Generic[T]):
         if not state.receiving:
             raise BrokenChannel
 
+    async def wanted(self) -> None:
+        """Wait until the receiver waits for an item: what is sent now is worked on at once."""
+        state = self._state
+        while state.items or not state.getters:
+            if not state.receiving:
+                raise BrokenChannel
+            await state.wait(state.hungry)
+        if not state.receiving:
+            raise BrokenChannel
+
     def close(self) -> None:
         """Say that nothing follows. Idempotent."""
         self._state.sending = False
@@ -145,6 +167,7 @@ class ReceiveEnd(Generic[T]):
         while not state.items:
             if not state.sending:
                 raise StopAsyncIteration
+            state.wake(state.hungry, everyone=True)
             await state.wait(state.getters)
         item, size = state.items.popleft()
         state.used -= size
@@ -160,6 +183,7 @@ class ReceiveEnd(Generic[T]):
         state.items.clear()
         state.used = 0
         state.wake(state.putters, everyone=True)
+        state.wake(state.hungry, everyone=True)
 
     def statistics(self) -> ChannelStatistics:
         """Return how full the channel is and was."""

@@ -1,0 +1,172 @@
+"""Dirty sync: asks round by round what is dirty, plans the extents, and decides when the guest can be moved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from amig import bitmap
+from amig.errors import NotConverging
+from amig.guest import Guest
+from amig.memory import PAGE_SIZE, WORD_PAGES, Words
+from amig.policy import Convergence, Policy, Verdict
+from amig.stages.channel import SendEnd
+from amig.stages.items import Extent, RoundEnd
+from amig.stages.ledger import Ledger
+from amig.stats import MigrationStats
+
+Ranges = dict[int, bitmap.Index]
+"""By region, rows of (first page, pages, dirty pages)."""
+
+
+class Observer(Protocol):
+    """Who is told how the rounds go."""
+
+    def round_started(self, round_: int, pages: int) -> None:
+        """A round has been planned."""
+
+    def round_ended(self, round_: int, pages: int, remaining: int, seconds: float) -> None:
+        """All its pages have been taken; ``remaining`` are dirty now."""
+
+
+class DirtySync:
+    """The first stage of the source; its ``run`` is precopy and switchover, as far as memory goes.
+
+    The first round is everything that is not a hole. A sync follows as soon as a round's last extent has been taken,
+    while its tail is still being sent. When the rest seems to fit the downtime limit, the pipeline is run dry and the
+    sync repeated, so that what counts is what the guest will wait for. When time is up in the middle of a round, the
+    round ends there: what was not taken is still pending.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        extents: SendEnd[Extent | RoundEnd],
+        *,
+        policy: Policy,
+        convergence: Convergence,
+        ledger: Ledger,
+        stats: MigrationStats,
+        observer: Observer,
+        on_pause: Callable[[], None],
+    ) -> None:
+        self._guest = guest
+        self._out = extents
+        self._policy = policy
+        self._convergence = convergence
+        self._ledger = ledger
+        self._stats = stats
+        self._observer = observer
+        self._on_pause = on_pause
+        self._round = 0
+        self._started = time.monotonic()
+        self._round_began = self._started
+        self._planned = 0
+        self._sparse = True
+        self.state = b""
+        """Device and vCPU state, once the run is over."""
+
+    async def run(self) -> None:
+        """Send all memory until the guest is paused and nothing is left. Raises `NotConverging`."""
+        async with self._out:
+            await self._emit(await self._sync())
+            while True:
+                dirty, switch = await self._next()
+                if switch:
+                    break
+                await self._emit(dirty)
+            await self._switch_over()
+
+    async def _switch_over(self) -> None:
+        self._on_pause()
+        await self._guest.pause()
+        await self._emit(await self._sync())
+        self.state = await self._guest.save()
+        # Saving the state may have dirtied memory (design rule 8); a round of its own, for no page goes twice in one.
+        late = await self._sync()
+        if any(bitmap.any_set(words) for words in late.values()):
+            await self._emit(late)
+
+    async def _next(self) -> tuple[Mapping[int, Words], bool]:
+        """Return what the next round is to send, and whether the guest should be paused for it."""
+        last = self._round - 1
+        await self._ledger.wait_taken(last)
+        dirty = await self._sync()
+        verdict = self._judge(dirty, last)
+        if verdict is Verdict.SWITCH:
+            await self._ledger.wait_placed(last)
+            dirty = await self._sync()
+            verdict = self._judge(dirty, None)
+        if verdict is Verdict.GIVE_UP:
+            raise NotConverging(self._why_not(dirty))
+        if verdict is Verdict.FORCE:
+            await self._ledger.wait_placed(last)
+        return dirty, verdict in (Verdict.SWITCH, Verdict.FORCE)
+
+    def _judge(self, dirty: Mapping[int, Words], ended: int | None) -> Verdict:
+        pages = sum(bitmap.count(words) for words in dirty.values())
+        now = time.monotonic()
+        if ended is not None:
+            self._observer.round_ended(ended, self._planned, pages, now - self._round_began)
+        return self._convergence.judge(
+            rounds=self._round,
+            remaining_bytes=pages * PAGE_SIZE,
+            rate=self._stats.link.bytes_per_s,
+            elapsed=now - self._started,
+        )
+
+    def _why_not(self, dirty: Mapping[int, Words]) -> str:
+        left = sum(bitmap.count(words) for words in dirty.values()) * PAGE_SIZE
+        rate = self._stats.link.bytes_per_s
+        expected = self._convergence.downtime(left, rate)
+        return (
+            f"after {self._round} rounds and {time.monotonic() - self._started:.1f} s, {left / 2**20:.0f} MiB are "
+            f"still dirty: {expected * 1e3:.0f} ms of downtime at {rate / 1e6:.0f} MB/s, and the limit is "
+            f"{self._convergence.limits.downtime * 1e3:.0f} ms. The guest runs on here. Allow more --downtime or "
+            "--bandwidth, or use --on-timeout switch"
+        )
+
+    async def _sync(self) -> Mapping[int, Words]:
+        begin = time.monotonic_ns()
+        dirty = await self._guest.sync()
+        self._stats.sync_ns += time.monotonic_ns() - begin
+        return dirty
+
+    async def _emit(self, dirty: Mapping[int, Words]) -> None:
+        sparse = self._sparse  # until one round has taken every hole's bit
+        ranges = {region: self._plan(region, words, sparse) for region, words in dirty.items()}
+        self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
+        self._round_began = time.monotonic()
+        self._observer.round_started(self._round, self._planned)
+        for region, rows in ranges.items():
+            for first, count, pages in rows.tolist():
+                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, sparse=sparse)
+                await self._out.send(extent, extent.size)
+        await self._out.send(RoundEnd(round=self._round), 0)
+        self._round += 1
+        self._stats.rounds = self._round
+
+    def _plan(self, region: int, words: Words, sparse: bool) -> bitmap.Index:
+        """Cut a region's dirty pages into extents: rows of (first, count, dirty)."""
+        pages = self._guest.info.memory.region(region).pages
+        limit = self._policy.chunk // PAGE_SIZE
+        span = self._policy.chunk_span and self._policy.chunk_span // PAGE_SIZE
+        if not sparse:
+            return bitmap.cut(words, 0, limit, span, pages=pages)
+        # Holes are planned too, since their bits must be taken (design rule 6), but they cost nothing: an extent
+        # reaches to where the next begins.
+        present = bitmap.zeros(pages)
+        for first, count in self._guest.memory.data_ranges(region, 0, pages):
+            bitmap.set_range(present, first, count)
+        rows = bitmap.cut(words & present, 0, limit, span, pages=pages)
+        if not len(rows):
+            return np.array([[0, pages, 0]], np.int64)
+        rows[0, 1] += rows[0, 0]
+        rows[0, 0] = 0
+        rows[:-1, 1] = np.diff(rows[:, 0])
+        rows[-1, 1] = pages - rows[-1, 0]
+        assert not (rows[:, 0] % WORD_PAGES).any()  # noqa: S101 - a misplaced clear would lose pages in silence
+        return rows

@@ -1,0 +1,61 @@
+"""Reading guest memory in batches: which pages are zero, how to cut them into blocks, and their copy. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from amig.memory import PAGE_SIZE, Pages
+from amig.stages.items import BLOCK_PAGES, BLOCK_SPAN, PageIndex
+
+_SCAN_PAGES = 4096
+"""Pages tested for zero at a time: bounds the temporary copy of scattered ones to 16 MiB."""
+
+
+def is_run(index: PageIndex) -> bool:
+    """Whether the pages follow one another without a gap."""
+    return len(index) > 0 and int(index[-1]) - int(index[0]) + 1 == len(index)
+
+
+def zero_pages(memory: Pages, index: PageIndex) -> npt.NDArray[np.bool_]:
+    """Return, for each page of ``index``, whether all its bytes are zero.
+
+    Most pages that are not zero show it in their first or middle word, so only the others are read whole.
+    """
+    words = memory.view(np.uint64)
+    zero: npt.NDArray[np.bool_] = (words[index, 0] | words[index, PAGE_SIZE // 16]) == 0
+    maybe = np.flatnonzero(zero)
+    for start in range(0, len(maybe), _SCAN_PAGES):
+        part = maybe[start : start + _SCAN_PAGES]
+        pages = index[part]
+        content = words[pages[0] : pages[-1] + 1] if is_run(pages) else words[pages]
+        zero[part] = np.bitwise_or.reduce(content, axis=1) == 0
+    return zero
+
+
+def block_edges(index: PageIndex, zero: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)`` within ``index`` of every block.
+
+    A block holds at most `BLOCK_PAGES` pages of content and stays within one aligned range of `BLOCK_SPAN` pages.
+    """
+    if not len(index):
+        return
+    content = np.maximum(np.cumsum(~zero) - 1, 0) // BLOCK_PAGES
+    span = index // BLOCK_SPAN
+    edges = np.flatnonzero((np.diff(content) != 0) | (np.diff(span) != 0)) + 1
+    start = 0
+    for stop in [*edges.tolist(), len(index)]:
+        yield start, stop
+        start = stop
+
+
+def copy_pages(memory: Pages, index: PageIndex, out: Pages) -> Pages:
+    """Copy pages into the head of ``out`` and return that part; a run is one plain copy."""
+    target = out[: len(index)]
+    if is_run(index):
+        np.copyto(target, memory[index[0] : index[-1] + 1])
+    elif len(index):
+        np.take(memory, index, axis=0, out=target, mode="clip")  # "clip" spares a hidden copy; index is within bounds
+    return target

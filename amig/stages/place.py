@@ -1,0 +1,70 @@
+"""Place: writes pages into the memory of the guest that arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+import numpy as np
+
+from amig import bitmap
+from amig.guest import Incoming
+from amig.memory import PAGE_SIZE, WORD_PAGES, Pages, Region, Words
+from amig.stages.buffers import BufferPool
+from amig.stages.channel import ReceiveEnd
+from amig.stages.gather import is_run
+from amig.stages.items import Block, RoundEnd
+
+
+class Place:
+    """The last stage of the destination.
+
+    A zero page is written only where something was placed before: fresh memory is zero, and touching it would allocate it.
+    """
+
+    def __init__(
+        self,
+        guest: Incoming,
+        regions: Iterable[Region],
+        pages: ReceiveEnd[tuple[Block, Pages] | RoundEnd],
+        *,
+        pool: BufferPool,
+        on_round: Callable[[int], Awaitable[None]],
+    ) -> None:
+        """``on_round`` is awaited when every page of a round is in place."""
+        self._in = pages
+        self._pool = pool
+        self._on_round = on_round
+        self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
+        self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
+        self.pages_placed = 0
+        self.pages_zero = 0
+
+    async def run(self) -> None:
+        """Place until the input ends."""
+        async for item in self._in:
+            if isinstance(item, RoundEnd):
+                await self._on_round(item.round)
+                continue
+            block, buffer = item
+            self._place(block)
+            self._pool.release(buffer)
+
+    def _place(self, block: Block) -> None:
+        memory = self._memory[block.region]
+        at = slice(block.first // WORD_PAGES, block.first // WORD_PAGES + len(block.pages))
+        placed = self._placed[block.region][at]
+        stale = block.zero & placed
+        if stale.any():
+            memory[bitmap.to_pages(stale, block.first)] = 0
+            placed &= ~stale
+        if block.data_pages:
+            fresh = block.pages & ~block.zero
+            index = bitmap.to_pages(fresh, block.first)
+            content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
+            if is_run(index):
+                memory[index[0] : index[-1] + 1] = content
+            else:
+                memory[index] = content
+            placed |= fresh
+        self.pages_placed += block.data_pages
+        self.pages_zero += block.zero_pages
