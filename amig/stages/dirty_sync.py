@@ -66,6 +66,7 @@ class DirtySync:
         self._round_began = self._started
         self._planned = 0
         self._sparse = True
+        self._paused = False
         self.state = b""
         """Device and vCPU state, once the run is over."""
 
@@ -83,6 +84,7 @@ class DirtySync:
     async def _switch_over(self) -> None:
         self._on_pause()
         await self._guest.pause()
+        self._paused = True
         await self._emit(await self._sync())
         self.state = await self._guest.save()
         # Saving the state may have dirtied memory (design rule 8); a round of its own, for no page goes twice in one.
@@ -141,13 +143,24 @@ class DirtySync:
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned)
-        for region, rows in ranges.items():
-            for first, count, pages in rows.tolist():
-                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, sparse=sparse)
-                await self._out.send(extent, extent.size)
+        self._sparse = sparse and not await self._emit_extents(ranges, sparse)
         await self._out.send(RoundEnd(round=self._round), 0)
         self._round += 1
         self._stats.rounds = self._round
+
+    async def _emit_extents(self, ranges: Ranges, sparse: bool) -> bool:
+        """Put the extents out; returns False when time was up before the last."""
+        for region, rows in ranges.items():
+            for first, count, pages in rows.tolist():
+                if not self._paused and self._late():
+                    return False
+                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, sparse=sparse)
+                await self._out.send(extent, extent.size)
+        return True
+
+    def _late(self) -> bool:
+        timeout = self._policy.timeout
+        return timeout is not None and time.monotonic() - self._started >= timeout
 
     def _plan(self, region: int, words: Words, sparse: bool) -> bitmap.Index:
         """Cut a region's dirty pages into extents: rows of (first, count, dirty)."""

@@ -18,7 +18,8 @@ from amig.stages.items import Block, RoundEnd
 class Place:
     """The last stage of the destination.
 
-    A zero page is written only where something was placed before: fresh memory is zero, and touching it would allocate it.
+    A zero page is written only where something was placed before: fresh memory is zero, and touching it would allocate
+    it.
     """
 
     def __init__(
