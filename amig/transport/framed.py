@@ -1,0 +1,198 @@
+"""Frames over a connection: the thin shell around `amig.wire` that does the reading and writing.
+
+A frame is read in steps, each of a size that was checked before anything is allocated for it::
+
+    header = await link.read_header()
+    if header.type is FrameType.BLOCK:
+        block = await link.read_block(header, memory_map)
+        await link.read_data(view)              # straight to where the caller wants it
+    elif header.type is FrameType.STATE:
+        complete = assembler.add(await link.read_payload(header))
+    else:
+        message = await link.read_message(header)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from amig.errors import PeerError
+from amig.memory import MemoryMap
+from amig.transport.base import Connection
+from amig.wire import block as blocks
+from amig.wire import frames, messages, state
+from amig.wire.block import BlockFrame
+from amig.wire.frames import BLOCK_HEADER_SIZE, HEADER_SIZE, UNSUMMED_DATA, Checksum, FrameHeader
+from amig.wire.frametype import FrameType
+from amig.wire.messages import Message
+from amig.wire.states import Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_WASTE_BYTES: Final = 1 << 16
+
+
+class FramedConnection:
+    """One connection, frame by frame. Any number of tasks may send (whole frames, in turn), one may read.
+
+    ``protocol`` is this end's state: every frame passes it, and one out of place raises `LocalProtocolError` (ours)
+    or `PeerError` (theirs) instead of being sent or read. Reading raises `LinkLost` when the connection ends and
+    `PeerError` for what no peer may send; after either, only `close` and `abort` make sense.
+    """
+
+    def __init__(self, connection: Connection, protocol: Protocol[Any] | None = None) -> None:
+        self.connection = connection
+        self.protocol = protocol
+        self._turn = asyncio.Lock()
+        self._head = bytearray(HEADER_SIZE)
+        self._block_head = bytearray(BLOCK_HEADER_SIZE)
+        self._frame: FrameHeader | None = None
+        self._block: BlockFrame | None = None
+        self._sum: Checksum | None = None
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for people."""
+        return self.connection.peer
+
+    async def send_message(self, message: Message) -> int:
+        """Send a control message and return its bytes on the wire."""
+        payload = messages.encode(message)
+        kind = messages.frame_type(message)
+        return await self._send(kind, *frames.frame(kind, payload))
+
+    async def send_block(self, block: BlockFrame, *data: Buffer, summed: bool = True) -> int:
+        """Send a block whose data are these buffers, gathered in order, and return its bytes on the wire.
+
+        ``summed=False`` when they are live guest memory: the guest may write between the checksum's read and the
+        kernel's copy. The buffers may be reused once this has returned.
+        """
+        head = block.header
+        size = sum([memoryview(d).nbytes for d in data]) if len(data) != 1 else memoryview(data[0]).nbytes
+        if size != head.data_bytes:
+            raise ValueError(f"a block of {head.data_bytes} bytes of data with {size} bytes of data")
+        fixed = blocks.encode_header(head)
+        flags = 0 if summed else UNSUMMED_DATA
+        bitmaps = (block.pages.data, block.zero.data)
+        length = head.payload_bytes
+        total = frames.checksum(FrameType.BLOCK, length, fixed, *bitmaps, *(data if summed else ()), flags=flags)
+        header = frames.encode_header(FrameType.BLOCK, length, total, flags)
+        return await self._send(FrameType.BLOCK, header + fixed, *bitmaps, *data)
+
+    async def send_state(self, content: bytes) -> int:
+        """Send device and vCPU state in as many frames as it takes, and return their bytes on the wire."""
+        total = 0
+        for head, part in state.split(content):
+            length = len(head) + len(part)
+            header = frames.encode_header(FrameType.STATE, length, frames.checksum(FrameType.STATE, length, head, part))
+            total += await self._send(FrameType.STATE, header + head, part)
+        return total
+
+    async def read_header(self) -> FrameHeader:
+        """Return the next frame's header, checked against limits and state; its payload is read next.
+
+        Cancelled before the first byte of the frame came, it has done nothing.
+        """
+        if self._frame is not None or self._block is not None:
+            raise RuntimeError("the frame before has not been read to its end")
+        await self.connection.recv_into(self._head)
+        header = frames.decode_header(self._head)
+        if self.protocol is not None:
+            self.protocol.received(header.type)
+        self._frame = header
+        return header
+
+    async def read_payload(self, header: FrameHeader) -> bytearray:
+        """Return the whole payload of a frame that is not a BLOCK, its checksum verified."""
+        self._expect(header)
+        payload = bytearray(header.length)
+        await self.connection.recv_into(payload)
+        frames.verify(header, frames.checksum(header.type, header.length, payload, flags=header.flags))
+        self._frame = None
+        return payload
+
+    async def read_message(self, header: FrameHeader) -> Message:
+        """Return the control message whose header was read."""
+        if header.type in (FrameType.BLOCK, FrameType.STATE):
+            raise RuntimeError(f"{header.type.name} is not a control message")
+        return messages.decode(header.type, await self.read_payload(header))
+
+    async def read_block(self, header: FrameHeader, memory: MemoryMap) -> BlockFrame:
+        """Return the block whose header was read, except its data, which must be read (or skipped) next.
+
+        A block without data is verified and done.
+        """
+        self._expect(header)
+        await self.connection.recv_into(self._block_head)
+        head = blocks.decode_header(self._block_head, header, memory)
+        bitmaps = bytearray(2 * head.bitmap_bytes)
+        await self.connection.recv_into(bitmaps)
+        block = blocks.decode_bitmaps(head, bitmaps)
+        self._sum = Checksum(header.type, header.length, header.flags)
+        self._sum.update(self._block_head)
+        self._sum.update(bitmaps)
+        if not head.data_bytes or not header.data_is_summed:
+            frames.verify(header, self._sum.value())
+        if head.data_bytes:
+            self._block = block
+        else:
+            self._frame = None
+        return block
+
+    async def read_data(self, *views: Buffer) -> None:
+        """Fill ``views``, ``data_bytes`` long in all, with the data of the block read last, and verify the checksum.
+
+        The memory has been written when a damaged block raises `PeerError`.
+        """
+        frame, block, total = self._frame, self._block, self._sum
+        if frame is None or block is None or total is None:
+            raise RuntimeError("no block's data is to be read")
+        size = sum([memoryview(v).nbytes for v in views])
+        if size != block.header.data_bytes:
+            raise ValueError(f"{size} bytes of memory for {block.header.data_bytes} bytes of data")
+        await self.connection.recv_into(*views)
+        if frame.data_is_summed:
+            for view in views:
+                total.update(view)
+            frames.verify(frame, total.value())
+        self._frame = self._block = self._sum = None
+
+    async def skip_data(self) -> None:
+        """Read the data of the block read last and throw it away; its checksum is not looked at."""
+        if self._block is None:
+            raise RuntimeError("no block's data is to be read")
+        left = self._block.header.data_bytes
+        waste = memoryview(bytearray(min(left, _WASTE_BYTES)))
+        while left:
+            part = waste[: min(left, len(waste))]
+            await self.connection.recv_into(part)
+            left -= len(part)
+        self._frame = self._block = self._sum = None
+
+    async def receive(self) -> Message:
+        """Return the next frame, which must be a control message; raises `PeerError` for a BLOCK or STATE."""
+        header = await self.read_header()
+        if header.type in (FrameType.BLOCK, FrameType.STATE):
+            raise PeerError(f"the peer sent {header.type.name} where only control messages are expected")
+        return await self.read_message(header)
+
+    async def close(self) -> None:
+        """Close the connection, letting the peer read what was sent."""
+        await self.connection.close()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        self.connection.abort()
+
+    async def _send(self, kind: FrameType, *parts: Buffer) -> int:
+        async with self._turn:
+            if self.protocol is not None:
+                self.protocol.sent(kind)
+            await self.connection.send(*parts)
+        return sum([memoryview(p).nbytes for p in parts])
+
+    def _expect(self, header: FrameHeader) -> None:
+        if header is not self._frame or self._block is not None:
+            raise RuntimeError("read_header comes first, then the payload of that very frame")
