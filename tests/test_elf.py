@@ -8,41 +8,8 @@ from hypothesis import strategies as st
 
 from amig.errors import BootError
 from amig.host import elf
-
-
-def note(name, kind, desc, align=4):
-    def pad(b):
-        return b + bytes(-len(b) % align)
-
-    return pad(pad(struct.pack("<III", len(name) + 1, len(desc), kind) + name + b"\0") + desc)
-
-
-def make(*headers, bits=64, machine=62, entry=0x100000, tail=b""):
-    """An ELF file of ``(type, paddr, memsz, align, content)`` program headers."""
-    wide = bits == 64
-    head = 64 if wide else 52
-    size = 56 if wide else 32
-    at = head + size * len(headers)
-    table, body = b"", b""
-    for kind, paddr, memsz, align, content in headers:
-        if wide:
-            table += struct.pack("<IIQQQQQQ", kind, 7, at, paddr, paddr, len(content), memsz, align)
-        else:
-            table += struct.pack("<IIIIIIII", kind, at, paddr, paddr, len(content), memsz, 7, align)
-        body += content
-        at += len(content)
-    ident = b"\x7fELF" + bytes([2 if wide else 1, 1, 1]) + bytes(9)
-    shape = "<HHIQQQIHHHHHH" if wide else "<HHIIIIIHHHHHH"
-    return (
-        ident
-        + struct.pack(shape, 2, machine, 1, entry, head, 0, 0, head, size, len(headers), 0, 0, 0)
-        + table
-        + body
-        + tail
-    )
-
-
-LOAD, NOTE = 1, 4
+from tests.images import LOAD, NOTE, note
+from tests.images import elf_file as make
 
 
 @pytest.mark.parametrize("bits", [32, 64])
