@@ -88,6 +88,7 @@ class DirtySync:
         await self._emit(await self._sync())
         self.state = await self._guest.save()
         # Saving the state may have dirtied memory (design rule 8); a round of its own, for no page goes twice in one.
+        await self._ledger.wait_taken(self._round - 1)
         late = await self._sync()
         if any(bitmap.any_set(words) for words in late.values()):
             await self._emit(late)
@@ -143,7 +144,8 @@ class DirtySync:
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned)
-        self._sparse = sparse and not await self._emit_extents(ranges, sparse)
+        if await self._emit_extents(ranges, sparse):
+            self._sparse = False
         await self._out.send(RoundEnd(round=self._round), 0)
         self._round += 1
         self._stats.rounds = self._round

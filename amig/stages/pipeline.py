@@ -1,0 +1,123 @@
+"""The stages of each side, joined by channels and run as one task group.
+
+::
+
+    source   DirtySync ──Extent──> ClearLog ──Chunk──> Compress ──Block──> Send ══> connections
+    dest     connections ══> Receive ──Block──> Decompress ──Block──> Place ──> guest memory
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from amig.guest import Guest, Incoming
+from amig.memory import Pages, Region
+from amig.policy import Convergence, Policy
+from amig.stages.buffers import BufferPool
+from amig.stages.channel import ReceiveEnd, SendEnd, channel
+from amig.stages.clear_log import ClearLog
+from amig.stages.codec_choice import CodecChoice
+from amig.stages.compress import Compress
+from amig.stages.decompress import Decompress
+from amig.stages.dirty_sync import DirtySync, Observer
+from amig.stages.items import BLOCK_PAGES, Block, Chunk, Extent, RoundEnd
+from amig.stages.ledger import Ledger
+from amig.stages.place import Place
+from amig.stages.receive import BlockSource, Receive
+from amig.stages.send import BlockSink, Send, Throttle
+from amig.stats import MigrationStats
+
+BLOCK_BYTES = BLOCK_PAGES * 4096
+PLANNED_BYTES = 64 << 20
+"""Extents are numbers only: this bounds how far planning runs ahead, in the dirty bytes they stand for."""
+QUEUED_BYTES = 4 * BLOCK_BYTES
+"""Blocks that were read and wait for a connection, or were received and wait to be placed."""
+
+
+class SourcePipeline:
+    """The four stages of the source."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        sinks: Sequence[BlockSink],
+        *,
+        policy: Policy,
+        convergence: Convergence,
+        throttle: Throttle,
+        ledger: Ledger,
+        stats: MigrationStats,
+        observer: Observer,
+        on_pause: Callable[[], None],
+    ) -> None:
+        extents_in: SendEnd[Extent | RoundEnd]
+        extents: ReceiveEnd[Extent | RoundEnd]
+        chunks_in: SendEnd[Chunk | RoundEnd]
+        chunks: ReceiveEnd[Chunk | RoundEnd]
+        blocks_in: SendEnd[tuple[Block, Pages] | RoundEnd]
+        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
+        extents_in, extents = channel(PLANNED_BYTES)
+        chunks_in, chunks = channel(1)  # the shortest queue: one chunk, cleared and waiting to be read
+        blocks_in, blocks = channel(QUEUED_BYTES)
+        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
+        choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
+        self._sync = DirtySync(
+            guest,
+            extents_in,
+            policy=policy,
+            convergence=convergence,
+            ledger=ledger,
+            stats=stats,
+            observer=observer,
+            on_pause=on_pause,
+        )
+        self._clear = ClearLog(guest, extents, chunks_in, ledger=ledger, stats=stats)
+        self._compress = Compress(
+            guest.memory,
+            chunks,
+            blocks_in,
+            pool=pool,
+            choice=choice,
+            workers=policy.workers,
+            markers=len(sinks),
+            stats=stats,
+        )
+        self._send = Send(blocks, sinks, throttle=throttle, pool=pool, stats=stats)
+
+    async def run(self) -> bytes:
+        """Send all memory; returns device and vCPU state of the guest, which is paused then."""
+        async with asyncio.TaskGroup() as group:
+            for stage in (self._send, self._compress, self._clear, self._sync):
+                group.create_task(stage.run(), name=type(stage).__name__)
+        return self._sync.state
+
+
+class DestinationPipeline:
+    """The three stages of the destination."""
+
+    def __init__(
+        self,
+        guest: Incoming,
+        regions: Iterable[Region],
+        sources: Sequence[BlockSource],
+        *,
+        workers: int,
+        on_round: Callable[[int], Awaitable[None]],
+    ) -> None:
+        blocks_in: SendEnd[tuple[Block, Pages] | RoundEnd]
+        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
+        pages_in: SendEnd[tuple[Block, Pages] | RoundEnd]
+        pages: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
+        blocks_in, blocks = channel(QUEUED_BYTES)
+        pages_in, pages = channel(2 * BLOCK_BYTES)
+        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
+        self._receive = Receive(sources, blocks_in, pool=pool)
+        self._decompress = Decompress(blocks, pages_in, workers=workers)
+        self.place = Place(guest, regions, pages, pool=pool, on_round=on_round)
+
+    async def run(self) -> None:
+        """Receive and place until the first connection says that everything has been sent."""
+        async with asyncio.TaskGroup() as group:
+            for stage in (self._receive, self._decompress, self.place):
+                group.create_task(stage.run(), name=type(stage).__name__)

@@ -1,0 +1,297 @@
+"""The two pipelines, joined in memory: what arrives is what the guest had, however it writes meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from amig import bitmap
+from amig.errors import NotConverging
+from amig.guest import RunState
+from amig.memory import PAGE_SIZE
+from amig.policy import Convergence, Limits, Policy
+from amig.stages.ledger import Ledger
+from amig.stages.pipeline import DestinationPipeline, SourcePipeline
+from amig.stats import MigrationStats
+from tests.modelguest import MemoryLink, ModelGuest, ModelIncoming, Unthrottled
+
+PAGES = 3000
+MANY_ROUNDS = Policy(downtime=1e-6, max_rounds=5, on_timeout="switch")
+"""Never converges while the guest writes, so there are five rounds before the last."""
+
+
+@dataclass
+class Rounds:
+    """An `Observer` that remembers, and lets a test act at the start of a round."""
+
+    planned: list[int] = field(default_factory=list)
+    on_start: Callable[[int], None] = lambda _: None
+
+    def round_started(self, round_: int, pages: int) -> None:
+        self.planned.append(pages)
+        self.on_start(round_)
+
+    def round_ended(self, round_: int, pages: int, remaining: int, seconds: float) -> None:
+        pass
+
+
+@dataclass
+class Run:
+    """Everything one migration in memory consists of."""
+
+    guest: ModelGuest
+    incoming: ModelIncoming
+    links: list[MemoryLink]
+    stats: MigrationStats
+    rounds: Rounds
+    placed: list[int] = field(default_factory=list)
+    state: bytes = b""
+
+    def assert_equal(self) -> None:
+        assert self.incoming.array is not None
+        wrong = np.flatnonzero((self.guest.array.arrays[0] != self.incoming.array.arrays[0]).any(axis=1))
+        assert not len(wrong), f"pages that differ: {wrong[:20].tolist()} ({len(wrong)} in all)"
+
+
+async def migrate(
+    guest: ModelGuest,
+    policy: Policy,
+    *,
+    rounds: Rounds | None = None,
+    links: list[MemoryLink] | None = None,
+) -> Run:
+    links = links or [MemoryLink() for _ in range(policy.streams)]
+    run = Run(guest, ModelIncoming(guest.array.map), links, MigrationStats(), rounds or Rounds())
+    ledger = Ledger(guest.array.map.regions)
+    await guest.log_start(policy.dirty_log)
+    source = SourcePipeline(
+        guest,
+        run.links,
+        policy=policy,
+        convergence=Convergence(policy=policy, limits=Limits.of(policy)),
+        throttle=Unthrottled(),
+        ledger=ledger,
+        stats=run.stats,
+        observer=run.rounds,
+        on_pause=lambda: None,
+    )
+
+    async def on_round(round_: int) -> None:
+        run.placed.append(round_)
+        ledger.placed(round_)
+
+    destination = DestinationPipeline(
+        run.incoming, guest.array.map.regions, run.links, workers=policy.workers, on_round=on_round
+    )
+
+    async def send() -> None:
+        run.state = await source.run()
+        await run.links[0].queue.put(None)
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(destination.run())
+        group.create_task(send())
+    await guest.log_stop()
+    return run
+
+
+def busy(guest: ModelGuest, pages: int, rounds: int) -> Rounds:
+    """The guest writes while its first rounds are sent: at their start, and between and after takes."""
+    left = [rounds * 20]
+
+    def write() -> None:
+        if left[0] > 0 and guest.state is RunState.RUNNING:
+            left[0] -= 1
+            guest.write(guest.random.integers(0, PAGES, pages))
+
+    guest.before_take = write
+    guest.after_take = write
+    return Rounds(on_start=lambda _: write())
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("compression", ["none", "zstd", "auto"])
+@pytest.mark.parametrize("strategy", ["slot-cache", "auto-clear", "exact"])
+async def test_a_guest_that_writes_all_the_time_arrives_whole(strategy: str, compression: str, streams: int) -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES, 2))
+    guest.write(np.arange(0, 100), zero=True)
+    policy = Policy(
+        chunk=1 << 18, streams=streams, compression=compression, workers=2, dirty_log=strategy, downtime=0.005
+    )  # type: ignore[arg-type]
+    run = await migrate(guest, policy, rounds=busy(guest, 40, 3))
+    run.assert_equal()
+    assert run.state == b"state"
+    assert run.placed == list(range(run.stats.rounds))
+    assert run.stats.pages_resent > 0
+
+
+async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write([5, 700, 701])
+    run = await migrate(guest, Policy())
+    run.assert_equal()
+    assert run.stats.pages_sent == 3
+    assert run.stats.pages_zero == PAGES - 3
+    assert sum(bitmap.count(b.pages) for b in run.links[0].blocks) == 3
+
+
+async def test_a_hole_filled_while_the_first_round_runs_is_sent() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(64))
+    filled = iter([2000])
+
+    def fill() -> None:
+        for page in filled:
+            guest.write([page])
+
+    guest.after_take = fill
+    (await migrate(guest, Policy())).assert_equal()
+
+
+async def test_a_page_that_becomes_zero_again_is_zero_at_the_destination() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(500))
+    wiped = iter([np.arange(100, 200)])
+
+    def wipe() -> None:
+        for pages in wiped:
+            guest.write(pages, zero=True)
+
+    guest.after_take = lambda: guest.write([1000]) if len(rounds.planned) == 1 else wipe()
+    rounds = Rounds()
+    run = await migrate(guest, MANY_ROUNDS, rounds=rounds)
+    run.assert_equal()
+    assert not run.incoming.pages(0)[100:200].any()
+
+
+async def test_memory_written_by_saving_the_state_is_sent_too() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    guest.on_save = lambda: guest.write([17, 18])
+    run = await migrate(guest, Policy())
+    run.assert_equal()
+    assert run.rounds.planned[-1] == 2
+
+
+async def test_each_page_of_an_idle_guest_is_sent_once() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    run = await migrate(guest, Policy(chunk=1 << 18))
+    run.assert_equal()
+    assert run.stats.pages_sent == PAGES
+    assert run.stats.pages_resent == 0
+
+
+async def test_no_chunk_holds_more_dirty_bytes_than_asked_for() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES, 3))
+    run = await migrate(guest, Policy(chunk=1 << 18))
+    assert run.stats.chunks >= PAGES // 3 // 64
+    assert all(block.data_pages <= 64 for block in run.links[0].blocks)
+
+
+async def test_no_chunk_spans_more_than_asked_for() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES, 50))
+    run = await migrate(guest, Policy(chunk_span=1 << 20))
+    run.assert_equal()
+    assert run.stats.chunks == -(-PAGES // 256)
+    assert all(block.first // 256 == (block.first + block.span - 1) // 256 for block in run.links[0].blocks)
+
+
+async def test_a_delayed_connection_never_lets_an_old_page_overtake_a_new_one() -> None:
+    """Every block of a round takes any connection; one of them is slow, and the same pages are written every round."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    slow = MemoryLink(delay=lambda: asyncio.sleep(0.01))  # type: ignore[arg-type,return-value]
+    guest.after_take = lambda: guest.write(np.arange(0, PAGES, 5)) if "pause" not in guest.calls else None
+    policy = replace(MANY_ROUNDS, streams=3, chunk=1 << 18)
+    run = await migrate(guest, policy, links=[MemoryLink(), slow, MemoryLink()])
+    run.assert_equal()
+    assert len(slow.blocks) > 3
+    assert run.stats.rounds >= 4
+
+
+async def test_the_guest_stays_when_it_does_not_converge() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    guest.before_take = lambda: guest.write(np.arange(PAGES))
+    with pytest.raises(ExceptionGroup) as caught:
+        await migrate(guest, Policy(max_rounds=3, downtime=0.000001))
+    assert caught.group_contains(NotConverging, match="still dirty")
+    assert "pause" not in guest.calls
+
+
+async def test_it_moves_all_the_same_when_the_operator_said_switch() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+
+    def write() -> None:
+        if "pause" not in guest.calls:
+            guest.write(np.arange(PAGES))
+
+    guest.before_take = write
+    run = await migrate(guest, Policy(max_rounds=3, downtime=0.000001, on_timeout="switch"))
+    run.assert_equal()
+    assert run.stats.rounds == 4
+
+
+async def test_when_time_is_up_in_the_middle_of_the_first_round_the_rest_goes_in_the_last() -> None:
+    guest = ModelGuest(40 * 1024)
+    guest.write(np.arange(0, 40 * 1024, 2))
+    slow = MemoryLink(delay=lambda: asyncio.sleep(0.004))  # type: ignore[arg-type,return-value]
+    policy = Policy(timeout=0.05, downtime=0.000001, on_timeout="switch", chunk=1 << 18)
+    run = await migrate(guest, policy, links=[slow])
+    run.assert_equal()
+    assert run.stats.rounds == 2
+    assert run.stats.pages_sent == 20 * 1024
+
+
+class Backwards(ModelGuest):
+    """A guest whose clears come after the read: the order that the whole project is about, broken."""
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(pages)
+        self._owed: list[tuple[int, int, int]] = []
+        self.late = [10, 11]
+        """Pages that the guest writes after they were read and before they are cleared."""
+
+    async def take_and_clear(self, region: int, first: int, count: int):  # type: ignore[no-untyped-def]
+        assert self.user is not None
+        pending = bitmap.extract(self.user.sync()[region], first, count)
+        await asyncio.sleep(0)
+        self._owed.append((region, first, count))
+        return pending
+
+    async def sync(self):  # type: ignore[no-untyped-def]
+        assert self.user is not None
+        self.user.sync()
+        if self._owed:
+            self.write(self.late)
+        self.user.sync()
+        for region, first, count in self._owed:
+            self.user.take_and_clear(region, first, count, self.array.map.generation)
+        self._owed.clear()
+        return await super().sync()
+
+
+async def test_the_comparison_bites_a_clear_after_the_read_loses_pages() -> None:
+    guest = Backwards(PAGES)
+    guest.write(np.arange(PAGES))
+    run = await migrate(guest, Policy())
+    with pytest.raises(AssertionError, match=r"pages that differ: \[10, 11\]"):
+        run.assert_equal()
+
+
+async def test_memory_in_flight_is_bounded_by_the_channels() -> None:
+    guest = ModelGuest(8192)
+    guest.write(np.arange(8192))
+    run = await migrate(guest, Policy(streams=2))
+    run.assert_equal()
+    assert run.stats.bytes_memory == 8192 * PAGE_SIZE
+    assert run.stats.window.count == run.stats.chunks
