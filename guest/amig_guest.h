@@ -21,7 +21,7 @@
  *   AMIG_PORT_PROBE  IN  32 bit: AMIG_PROBE_MAGIC when the host serves the wait port; anything else: the guest spins.
  *   AMIG_PORT_WAIT   OUT 32 bit: microseconds; the host completes the access after about so long (or earlier).
  *   AMIG_PORT_EXIT   OUT 32 bit: the workload has ended ("seconds=N"): 0 memory intact, 1 mismatches were found,
- *                    2 the guest can't work (see status.error). The guest stays alive, idle.
+ *                    2 the guest can't work (status.error, or a vCPU took an exception). The guest stays alive, idle.
  *   AMIG_PORT_SERIAL COM1, polled; written with REP OUTSB of up to 16 bytes whenever LSR says the FIFO is empty.
  */
 #ifndef AMIG_GUEST_H
@@ -45,7 +45,7 @@
 #define AMIG_PORT_PROBE 0xa314
 #define AMIG_PORT_EXIT 0xa318
 #define AMIG_PORT_SERIAL 0x3f8
-#define AMIG_PROBE_MAGIC 0x474d4941 /* "AIMG" */
+#define AMIG_PROBE_MAGIC 0x47494d41 /* "AMIG" */
 
 #define AMIG_NOTE_BOOT 1 /* type of the ELF note; its name is "amig" */
 
@@ -55,7 +55,7 @@
 #define AMIG_STATE_RUNNING 2 /* filled on every vCPU: the workload runs */
 #define AMIG_STATE_DONE 3    /* "seconds=N" are over; idle */
 #define AMIG_STATE_ERROR 4   /* can't work: status.error, status.message */
-#define AMIG_STATE_FAULT 5   /* this vCPU took an exception: cpu.fault_* */
+#define AMIG_STATE_FAULT 5   /* this vCPU (status: some vCPU) took an exception: cpu.fault_* */
 #define AMIG_STATE_FILLED 6  /* cpu only: this vCPU has filled its share and waits for the others */
 
 /* status.error */
@@ -150,7 +150,7 @@ struct amig_status {
 struct amig_control {
     uint64_t gap_reset;      /* a new number: every vCPU forgets its largest gap and copies the number to gap_ack */
     uint64_t verify_request; /* a new number: every vCPU verifies its whole share and copies it to verify_done */
-    uint64_t quiesce;        /* not 0: no writes but to the vCPU blocks; acknowledged in cpu.quiesced */
+    uint64_t quiesce;        /* not 0: no writes but to the vCPU blocks (and the stacks); copied to cpu.quiesced */
 };
 
 struct amig_mismatch {
@@ -181,7 +181,7 @@ struct amig_cpu {
     uint64_t verify_pages;      /* pages verified by the last request */
     uint64_t verify_mismatches; /* mismatches found by it */
     uint32_t state;
-    uint32_t quiesced;
+    uint32_t quiesced;   /* lower half of control.quiesce, stored after the last write; 0: writing */
     uint64_t first_page; /* its share of the working set */
     uint64_t pages;
     uint64_t filled;     /* pages filled before the workload started */

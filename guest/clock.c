@@ -5,7 +5,8 @@
 #include "guest.h"
 
 #define PIT_HZ 1193182
-#define PIT_TICKS 59659 /* 50 ms */
+#define PIT_TICKS 23864 /* 20 ms */
+#define PIT_TRIES 5
 
 static void cpuid(u32 leaf, u32 *a, u32 *b, u32 *c)
 {
@@ -35,8 +36,8 @@ static u64 tsc_from_cpuid(void)
     return 0;
 }
 
-/* Counts the TSC over 50 ms of the PIT's channel 2; 0 when there is no PIT. */
-static u64 tsc_from_pit(void)
+/* Counts the TSC over 20 ms of the PIT's channel 2; 0 when there is no PIT. */
+static u64 pit_once(void)
 {
     u64 start, end;
     u32 tries = 0;
@@ -53,6 +54,24 @@ static u64 tsc_from_pit(void)
     if (tries < 10)
         return 0;
     return (end - start) * PIT_HZ / PIT_TICKS / 1000;
+}
+
+/* The median: a host that is busy holds us up now at the start, now at the end. */
+static u64 tsc_from_pit(void)
+{
+    u64 khz[PIT_TRIES];
+
+    for (u32 i = 0; i < PIT_TRIES; i++) {
+        u64 new = pit_once();
+        u32 j = i;
+
+        if (!new)
+            return 0;
+        for (; j && khz[j - 1] > new; j--)
+            khz[j] = khz[j - 1];
+        khz[j] = new;
+    }
+    return khz[PIT_TRIES / 2];
 }
 
 void tsc_setup(void)

@@ -65,6 +65,7 @@ struct plan {
     u32 workload, write_mode, fill, vcpus;
     u32 hot_writes, hot_pages;
     u32 tick_us, slice_us, burst_us, report_s, seconds, spin;
+    u32 crash;
     u64 seed, rate, ws, ws_from, fill_size;
     u64 tsc_khz;
     /* memory */
@@ -173,6 +174,10 @@ void parse_cmdline(const char *text); /* fills plan; complains through fail() */
 void fail(u32 error, const char *message);
 int memory_plan(void);                                  /* fills the memory part of plan */
 void memory_read_map(u32 start_info, char *cmdline, u32 size); /* copies the boot data */
+
+#define CRASH_FAULT 1
+#define CRASH_SHUTDOWN 2
+void crash(u32 kind);
 
 void content_write(u64 *page, u32 kind, u64 number, u64 salt); /* one page of AMIG_FILL_* content */
 

@@ -9,7 +9,6 @@ volatile u32 plan_ready;
 volatile u32 final_verify;
 
 static char cmdline[2048];
-static u64 gate[32][2]; /* what idt[] gets */
 
 extern u64 idt[32][2];
 extern char fault_stubs[];
@@ -34,10 +33,8 @@ static void exceptions_setup(void)
     for (u32 n = 0; n < 32; n++) {
         u64 at = (u64)fault_stubs + n * 16;
 
-        gate[n][0] = (at & 0xffff) | (0x10ull << 16) | (0x8eull << 40) | ((at >> 16 & 0xffff) << 48);
         idt[n][1] = 0;
-        barrier();
-        idt[n][0] = gate[n][0];
+        idt[n][0] = (at & 0xffff) | (0x10ull << 16) | (0x8eull << 40) | ((at >> 16 & 0xffff) << 48);
     }
 }
 
@@ -149,6 +146,25 @@ void __attribute__((noreturn)) fault_main(u32 cpu, u64 vector, u64 error, u64 ri
         line_field(&l, "cpu", cpu);
         line_send(&l);
     }
-    for (;;)
-        pause();
+    if (!cpu) {
+        STATUS->state = AMIG_STATE_FAULT;
+        outl(AMIG_PORT_EXIT, 2);
+    }
+    for (;;) {
+        if (STATUS->wait_port)
+            outl(AMIG_PORT_WAIT, 100000);
+        else
+            pause();
+    }
+}
+
+/* On purpose ("crash="), for those who test what surrounds the guest. */
+void crash(u32 kind)
+{
+    if (kind == CRASH_SHUTDOWN) { /* no way to deliver the exception: a triple fault */
+        memset(idt, 0, sizeof(idt));
+        barrier();
+    }
+    if (kind)
+        __asm__ volatile("ud2");
 }

@@ -154,6 +154,8 @@ static int option(const char *key, u64 k, const char *v, u64 n)
         return parse_u32(v, n, &plan.report_s, 0, 1000000);
     if (same(key, k, "seconds"))
         return parse_u32(v, n, &plan.seconds, 0, 1000000);
+    if (same(key, k, "crash"))
+        return parse_name(v, n, "none|fault|shutdown", &plan.crash);
     if (same(key, k, "spin"))
         return parse_u32(v, n, &plan.spin, 0, 1);
     return 1;
@@ -192,4 +194,8 @@ void parse_cmdline(const char *text)
         }
         text = *end ? end + 1 : end;
     }
+    if (plan.workload == AMIG_WORK_FILL && plan.fill == AMIG_FILL_NONE)
+        plan.fill = AMIG_FILL_RANDOM;
+    if (plan.rate && plan.rate < AMIG_PAGE_SIZE)
+        plan.rate = AMIG_PAGE_SIZE;
 }

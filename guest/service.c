@@ -5,10 +5,11 @@
  */
 #include "guest.h"
 
-static u64 next_look, next_report, printed_pass, printed_pass_tsc, printed_verify, start_tsc, last_report_writes;
-static u64 last_report_tsc;
+static u64 last_look, next_look;
+static u64 start_tsc, next_report, last_report_tsc, printed_pass_tsc;
+static u64 last_report_writes, printed_pass, printed_verify;
 static u64 printed_mismatches[AMIG_MAX_CPUS];
-static u32 was_ready, was_done, busy;
+static u32 was_ready, was_faulty, was_done;
 
 static const char *const work_names[] = {"idle", "fill", "sequential", "random", "hotspot", "check"};
 static const char *const kinds[] = {"?", "stale", "torn", "zero", "foreign", "garbage", "newer"};
@@ -33,7 +34,7 @@ void greet(void)
 
 struct sums {
     u64 writes, verified, mismatches, passes, verify_pages, verify_mismatches, gap, skipped;
-    u32 filled, done, verify_done;
+    u32 filled, done, faults, verify_done;
 };
 
 static void add_up(struct sums *s, u64 request)
@@ -45,6 +46,7 @@ static void add_up(struct sums *s, u64 request)
 
         s->filled += state == AMIG_STATE_FILLED || state == AMIG_STATE_RUNNING || state == AMIG_STATE_DONE;
         s->done += state == AMIG_STATE_DONE;
+        s->faults += state == AMIG_STATE_FAULT;
         s->writes += c->writes;
         s->verified += c->verified;
         s->mismatches += c->mismatches;
@@ -91,7 +93,10 @@ static void verdict(const char *what, u64 number, u64 pages, u64 mismatches)
 
     line_text(&l, "check: ");
     line_text(&l, what);
-    line_number(&l, number);
+    if (number) {
+        line_text(&l, " ");
+        line_number(&l, number);
+    }
     line_text(&l, mismatches ? " FAILED" : " ok");
     line_field(&l, "pages", pages);
     line_field(&l, "mismatches", mismatches);
@@ -141,8 +146,19 @@ static void finish(const struct sums *s)
     line_number(&l, s->writes);
     line_field(&l, "mismatches", s->mismatches);
     line_send(&l);
-    STATUS->state = AMIG_STATE_DONE;
+    if (STATUS->state == AMIG_STATE_RUNNING)
+        STATUS->state = AMIG_STATE_DONE;
     outl(AMIG_PORT_EXIT, s->mismatches != 0);
+}
+
+/* The TSC was set back (a move to a host that does not restore it): keep the distances to now. */
+static void set_back(u64 by)
+{
+    next_look -= by;
+    start_tsc -= by;
+    next_report -= by;
+    last_report_tsc -= by;
+    printed_pass_tsc -= by;
 }
 
 void service(u64 now)
@@ -150,11 +166,11 @@ void service(u64 now)
     struct sums s;
     u64 request = CONTROL->verify_request;
 
-    if (now < next_look && next_look - now < plan.tsc_khz * 10)
+    if (now < last_look)
+        set_back(last_look - now);
+    last_look = now;
+    if ((int64_t)(now - next_look) < 0)
         return;
-    if (busy) /* a verification that this function's caller runs must not start another */
-        return;
-    busy = 1;
     next_look = now + plan.tsc_khz; /* 1 ms */
     add_up(&s, request);
     STATUS->cpus_ready = s.filled;
@@ -169,20 +185,25 @@ void service(u64 now)
     }
     if (s.mismatches)
         tell_mismatches();
+    if (s.faults && !was_faulty) {
+        was_faulty = 1;
+        STATUS->state = AMIG_STATE_FAULT;
+        outl(AMIG_PORT_EXIT, 2);
+    }
     if (was_ready) {
         /* each pass is told, but not more than one in a second */
         if (plan.workload == AMIG_WORK_CHECK && s.passes > printed_pass &&
             (!printed_pass || now - printed_pass_tsc > plan.tsc_khz * 1000)) {
             if (!printed_pass || plan.report_s)
-                verdict("pass ", s.passes, plan.ws_pages, s.mismatches);
+                verdict("pass", s.passes, plan.ws_pages, s.mismatches);
             printed_pass = s.passes;
             printed_pass_tsc = now;
         }
         if (request != printed_verify && s.verify_done == plan.vcpus) {
-            verdict("verify ", request, s.verify_pages, s.verify_mismatches);
+            verdict("verify", request, s.verify_pages, s.verify_mismatches);
             printed_verify = request;
         }
-        if (plan.report_s && now >= next_report) {
+        if (plan.report_s && (int64_t)(now - next_report) >= 0) {
             next_report = now + plan.report_s * plan.tsc_khz * 1000;
             tell_report(&s, now);
         }
@@ -193,5 +214,4 @@ void service(u64 now)
             finish(&s);
         }
     }
-    busy = 0;
 }

@@ -71,6 +71,8 @@ static u64 earned(struct writer *w, u64 elapsed)
 
     if (!w->cost)
         return 256;
+    if ((int64_t)elapsed < 0) /* the TSC was set back */
+        elapsed = 0;
     if (elapsed > plan.burst_tsc * 4) { /* bounds the arithmetic; the rest is given up below */
         CPU(w->cpu)->skipped += (elapsed - plan.burst_tsc * 4) / (w->cost >> 16 ? w->cost >> 16 : 1);
         elapsed = plan.burst_tsc * 4;
@@ -110,6 +112,7 @@ void work(u32 cpu)
     volatile struct amig_cpu *c = CPU(cpu);
     int writes = plan.workload >= AMIG_WORK_SEQUENTIAL;
     u64 final = 0, last = rdtsc();
+    u32 quiesce;
     struct writer w = {
         .cpu = cpu,
         .random = mix(plan.seed * 0x9e3779b97f4a7c15u + cpu) | 1,
@@ -118,21 +121,22 @@ void work(u32 cpu)
     };
 
     if (plan.rate) {
-        u64 rate = plan.rate / AMIG_PAGE_SIZE;
-
-        w.cost = ((plan.tsc_khz * 1000) << 16) * plan.vcpus / (rate ? rate : 1);
+        w.cost = ((plan.tsc_khz * 1000) << 16) * plan.vcpus / (plan.rate / AMIG_PAGE_SIZE);
         w.cost += !w.cost;
         w.credit_max = plan.burst_tsc << 16;
         if (w.credit_max < w.cost)
             w.credit_max = w.cost;
     }
+    if (!cpu)
+        crash(plan.crash);
     for (;;) {
         u64 now = beat(cpu), used, slice = plan.tick_tsc;
 
         if (!cpu)
             service(now);
         obey(cpu, &final);
-        if (writes && !final && !CONTROL->quiesce) {
+        quiesce = (u32)CONTROL->quiesce;
+        if (writes && !final && !quiesce) {
             c->quiesced = 0;
             write_pages(&w, earned(&w, now - last));
             last = now;
@@ -140,7 +144,7 @@ void work(u32 cpu)
                 continue;
             slice = plan.slice_tsc;
         } else {
-            c->quiesced = 1;
+            c->quiesced = quiesce;
             last = now;
         }
         used = beat(cpu) - now;
