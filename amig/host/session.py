@@ -1,0 +1,249 @@
+"""What each request of the guest protocol means on this host: one session for each connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import Protocol
+
+import numpy as np
+
+from amig.control import messages as m
+from amig.control.bitmaps import SharedBitmaps, reopen_read_only
+from amig.control.server import Answer, Outbox
+from amig.control.take import TakeServer
+from amig.control.waiting import finish
+from amig.errors import ControlError
+from amig.host.hosted import HostedGuest
+from amig.host.local import LocalGuest
+from amig.host.status import status
+
+MAX_CONSOLE_BACKLOG = 256 << 10
+"""Bytes of console output queued for one client; more is dropped, and counted."""
+
+
+class Console(Protocol):
+    """Where a session finds the guest's serial output."""
+
+    def attach(self, session: HostSession, *, replay: bool) -> None:
+        """Call `HostSession.console_output` for what comes, on the event loop."""
+
+    def detach(self, session: HostSession) -> None:
+        """Stop that; idempotent."""
+
+    def feed(self, data: bytes) -> None:
+        """Bytes for the guest."""
+
+    @property
+    def attached(self) -> int:
+        """How many listen."""
+
+
+class _Log:
+    """What a connection that uses the dirty log has beside its `LocalGuest`."""
+
+    def __init__(self, guest: LocalGuest) -> None:
+        self.bitmaps = SharedBitmaps(guest.info.memory)
+        try:
+            self.takes = TakeServer(guest.log_user, self.bitmaps, guest.info.memory)
+        except BaseException:
+            self.bitmaps.close()
+            raise
+
+    async def close(self) -> None:
+        """Wait for the take thread, then give the bitmaps back."""
+        try:
+            await finish(asyncio.get_running_loop().run_in_executor(None, self.takes.close))
+        finally:
+            self.bitmaps.close()
+
+
+class HostSession:
+    """Implements `amig.control.server.Session`."""
+
+    def __init__(self, hosted: HostedGuest, outbox: Outbox, console: Console) -> None:
+        self._hosted = hosted
+        self._outbox = outbox
+        self._console = console
+        self._client = ""
+        self._guest: LocalGuest | None = None
+        self._log: _Log | None = None
+        self._dropped = 0
+
+    async def answer(self, request: m.AnyRequest) -> Answer:
+        """Do what is asked; the replies are in docs/guest-protocol.md."""
+        if isinstance(request, m.Hello):
+            return self._hello(request)
+        if not self._client:
+            raise ControlError("hello comes first", code="hello-first")
+        match request:
+            case m.Status():
+                return Answer(await status(self._hosted, request=request.id, consoles=self._console.attached))
+            case m.LogStart():
+                return await self._log_start(request)
+            case m.Sync():
+                guest, log = self._logging()
+                await guest.sync_into(log.bitmaps.pending)
+            case m.GiveBack():
+                await self._give_back(request)
+            case m.LogStop():
+                await self._log_stop()
+            case m.Pause():
+                await self._user().pause()
+            case m.Resume():
+                await self._user().resume()
+            case m.Save():
+                state = await self._user().save()
+                if len(state) > m.MAX_SAVE_FRAME - 1024:
+                    raise ControlError(
+                        f"a device state of {len(state)} bytes is too large to pass on", code="too-large"
+                    )
+                return Answer(m.Saved(id=request.id, state=state))
+            case m.Prepare():
+                await self._user().prepare(m.handover(request))
+            case m.Commit():
+                await self._user().commit(request.migration)
+            case m.Release():
+                await self._hosted.release(request.migration, request.outcome)
+            case m.MigrationBegin():
+                await self._user().migration_begin(request.migration, request.destination)
+            case m.MigrationProgress():
+                self._user().migration_progress(request.progress)
+            case m.MigrationEnd():
+                await self._user().migration_end(request.status, request.error)
+            case m.Leave():
+                await self._leave()
+            case m.Cancel():
+                self._hosted.cancel_migration()
+            case m.OperatorPause():
+                await self._hosted.operator_pause()
+            case m.OperatorResume():
+                await self._hosted.operator_resume()
+            case m.Stop():
+                await self._hosted.stop(force=request.force)
+            case m.ConsoleAttach():
+                self._console.attach(self, replay=request.replay)
+            case m.ConsoleInput():
+                self._console.feed(request.data)
+            case m.ConsoleDetach():
+                self._console.detach(self)
+        return Answer(m.Ok(id=request.id))
+
+    def _hello(self, request: m.Hello) -> Answer:
+        if request.version != m.VERSION:
+            raise ControlError(
+                f"this host speaks version {m.VERSION} of the guest protocol, not {request.version}", code="version"
+            )
+        missing = sorted(set(request.require) - m.FEATURES)
+        if missing:
+            raise ControlError(f"this host can't do {', '.join(missing)}", code="unsupported-feature")
+        self._client = request.client or "unnamed"
+        pid = os.getpid()
+        hosted = self._hosted
+        if not hosted.has_machine:
+            if request.want_memory:
+                raise ControlError(f"{hosted.name} is waiting for a guest: there is none yet", code="wrong-state")
+            features = tuple(sorted(m.FEATURES))
+            hello = m.HelloOk(
+                id=request.id,
+                version=m.VERSION,
+                features=features,
+                name=hosted.name,
+                pid=pid,
+                engine="",
+                vcpus=0,
+                state=hosted.state,
+            )
+            return Answer(hello)
+        info = hosted.info()
+        fds: list[int] = []
+        if request.want_memory:
+            ours = hosted.machine.memory.fds()
+            try:
+                for region in info.memory.regions:
+                    fds.append(reopen_read_only(ours[region.id]))  # noqa: PERF401 - to be closed if one fails
+            except BaseException:
+                for fd in fds:
+                    os.close(fd)
+                raise
+        return Answer(m.hello_ok(info, request=request.id, pid=pid, descriptors=len(fds)), tuple(fds))
+
+    def _user(self) -> LocalGuest:
+        if self._guest is None:
+            guest = LocalGuest(self._hosted, name=self._client)
+            guest.on_cancel = lambda migration: self._outbox.notify(m.CancelRequested(migration=migration))
+            self._guest = guest
+        return self._guest
+
+    # --- the dirty log -----------------------------------------------------------------------------------------------
+
+    async def _log_start(self, request: m.LogStart) -> Answer:
+        guest = self._user()
+        started = await guest.log_start(request.strategy)
+        try:
+            log = _Log(guest)
+        except BaseException:
+            await guest.log_stop()
+            raise
+        self._log = log
+        fds = (log.bitmaps.reader_fd(), log.takes.peer.detach())
+        log.takes.start()
+        reply = m.LogIsOn(
+            id=request.id,
+            strategy=started.strategy,
+            initially_set=started.initially_set,
+            generation=started.generation,
+            bitmaps=log.bitmaps.places,
+        )
+        return Answer(reply, fds)
+
+    def _logging(self) -> tuple[LocalGuest, _Log]:
+        if self._log is None or self._guest is None:
+            raise ControlError("this connection is no user of the dirty log: log-start comes first", code="not-a-user")
+        return self._guest, self._log
+
+    async def _give_back(self, request: m.GiveBack) -> None:
+        guest, _ = self._logging()
+        if len(request.words) % 8 or not request.words:
+            raise ControlError("a bitmap is a whole number of words", code="bad-range")
+        words = np.frombuffer(request.words, dtype="<u8").astype(np.uint64)
+        await guest.give_back(request.region, request.first, words)
+
+    async def _log_stop(self) -> None:
+        log, self._log = self._log, None
+        try:
+            if log is not None:
+                await log.close()
+        finally:
+            if self._guest is not None:
+                await self._guest.log_stop()
+
+    # --- console -----------------------------------------------------------------------------------------------------
+
+    def console_output(self, data: bytes) -> None:
+        """Pass on what the guest wrote; a client that does not read loses it, never the guest its time."""
+        for start in range(0, len(data), m.MAX_CONSOLE_BYTES):
+            part = data[start : start + m.MAX_CONSOLE_BYTES]
+            if self._outbox.buffered > MAX_CONSOLE_BACKLOG:
+                self._dropped += len(part)
+            else:
+                dropped, self._dropped = self._dropped, 0
+                self._outbox.notify(m.ConsoleOutput(data=part, dropped=dropped))
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        """Logging off, then the guest's pause undone: the thread that takes must be gone before its user is."""
+        try:
+            await self._log_stop()
+        finally:
+            guest, self._guest = self._guest, None
+            if guest is not None:
+                await guest.close()
+
+    async def end(self) -> None:
+        """Undo what this connection did."""
+        self._console.detach(self)
+        with contextlib.suppress(ControlError):
+            await self._leave()
