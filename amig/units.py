@@ -18,7 +18,7 @@ SIZE_FORMS: Final = "a size such as 512KiB, 1400MiB, 1.5GiB or 1G"
 RATE_FORMS: Final = "a rate such as 1250MB/s, 100MiB/s, 4Gbit/s or unlimited"
 TIME_FORMS: Final = "a time such as 500us, 10ms, 2s, 5min or 1h"
 
-_NUMBER: Final = re.compile(r"\s*(\d{1,20}(?:\.\d{1,12})?|\.\d{1,12})\s*([A-Za-zµμ/]*)\s*")
+_NUMBER: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,12})?|\.[0-9]{1,12})\s*([A-Za-zµμ/]*)\s*")
 _LETTERS: Final = "kmgtp"
 _BYTES: Final[Mapping[str, int]] = (
     {"": 1, "b": 1}
@@ -61,9 +61,9 @@ def parse_rate(text: str) -> int | None:
         return None
     number, unit = _split(text, RATE_FORMS)
     what = unit.removesuffix("/s")
-    if re.fullmatch(r"[KMGTPkmgtp]?b", what):
+    if re.fullmatch(r"[KMGTPkmgtp]?b(ps)?", what):
         raise UsageError(f"{text!r} may mean bits or bytes: write MB/s or Mbit/s")
-    bits = _BITS.get(what.removesuffix("ps").lower())
+    bits = _BITS.get(what.lower())
     factor = _BYTES.get(what.lower()) if bits is None else None
     if bits is None and factor is None:
         raise UsageError(f"{text!r} has no unit of rate that we know: write {RATE_FORMS}")
@@ -76,7 +76,7 @@ def parse_rate(text: str) -> int | None:
 def parse_duration(text: str) -> float:
     """Return the seconds in ``text``; raises `UsageError` that says what is accepted."""
     number, unit = _split(text, TIME_FORMS)
-    factor = _SECONDS.get(unit if unit == "" else unit.lower())
+    factor = _SECONDS.get(unit.lower())
     if factor is None:
         if not unit and not number:
             return 0.0

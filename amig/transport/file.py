@@ -85,6 +85,7 @@ class FileWriter(_File):
         self._gathered = bytearray(MAGIC)
         self._sent = 0
         self._sealed = False
+        self._failed = False
 
     @property
     def bytes_sent(self) -> int:
@@ -98,6 +99,7 @@ class FileWriter(_File):
 
     async def send(self, *buffers: Buffer) -> None:
         """Append all buffers; raises `SnapshotError` when the disk won't take them. Cancelling waits for the write."""
+        self._usable()
         for buffer in buffers:
             view = memoryview(buffer)
             if view.nbytes:
@@ -116,10 +118,15 @@ class FileWriter(_File):
         Raises `SnapshotError`, the partial file is then removed and what had the name before is still there. Cancelling
         waits for the disk.
         """
+        self._usable()
         try:
             await self._work(self._seal())
         finally:
             self.abort()
+
+    def _usable(self) -> None:
+        if self._failed or self._closed:
+            raise SnapshotError(f"the snapshot {self._path} was given up: a part of it could not be written")
 
     async def _flush(self) -> None:
         view = memoryview(self._gathered)
@@ -128,6 +135,7 @@ class FileWriter(_File):
             try:
                 view = view[await self._file.write(view) :]
             except OSError as err:
+                self._failed = True  # there is a gap now: it must never be sealed
                 raise failed(self._path, err) from err
 
     async def _seal(self) -> None:

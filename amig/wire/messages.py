@@ -81,6 +81,9 @@ class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Connections in all that the destination waits for; at most as many as asked for."""
     amig: Name = "0"
 
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "identity", plain(self.identity))
+
 
 class Refuse(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """No, and why."""
