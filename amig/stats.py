@@ -79,7 +79,9 @@ class MigrationStats:
     pages_sent: int = 0
     """Pages whose content went over the wire, counted each time."""
     pages_zero: int = 0
-    """Zero pages: holes of the first round, and pages sent as a bit, counted each time."""
+    """Zero pages sent as a bit, counted each time."""
+    pages_holes: int = 0
+    """Pages that nothing was ever put into: zero, and not even a bit is sent."""
     pages_resent: int = 0
     """Pages sent (as content or as a zero bit) after they had been sent before."""
     bytes_memory: int = 0

@@ -136,7 +136,7 @@ async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
     run = await migrate(guest, Policy())
     run.assert_equal()
     assert run.stats.pages_sent == 3
-    assert run.stats.pages_zero == PAGES - 3
+    assert run.stats.pages_holes == PAGES - 3
     assert sum(bitmap.count(b.pages) for b in run.links[0].blocks) == 3
 
 

@@ -101,7 +101,7 @@ class Compress:
         present = bitmap.zeros(extent.count)
         for first, count in self._memory.data_ranges(extent.region, extent.first, extent.count):
             bitmap.set_range(present, first - extent.first, count)
-        self._stats.pages_zero += bitmap.count(chunk.words & ~present)
+        self._stats.pages_holes += bitmap.count(chunk.words & ~present)
         return chunk.words & present
 
     async def _encode(self, block: Block, buffer: Pages) -> None:

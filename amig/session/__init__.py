@@ -1,0 +1,1 @@
+"""The two sides of one migration: handshake, pipeline, handover."""

@@ -1,0 +1,34 @@
+"""What SRC and DST mean: a guest's name, its control socket, a snapshot file; a peer, or a file."""
+
+from __future__ import annotations
+
+from amig.control.client import SocketGuest
+from amig.errors import UsageError
+from amig.guest import Guest
+from amig.host.memory import MappedMemory
+from amig.host.names import resolve
+from amig.policy import Policy
+from amig.session.destination import Destination
+from amig.session.peer import Peer
+from amig.session.snapshot import SnapshotFile
+from amig.session.snapshot_guest import SnapshotGuest
+from amig.transport.address import FileAddress, parse
+
+
+async def open_source(source: str) -> Guest:
+    """Connect to the guest that ``source`` names: ``NAME``, a path to its control socket, or ``file:PATH``."""
+    if source.startswith("file:"):
+        address = parse(source)
+        assert isinstance(address, FileAddress)  # noqa: S101 - by its scheme
+        return await SnapshotGuest.load(address.path)
+    return await SocketGuest.connect(resolve(source), map_memory=MappedMemory.from_fds)
+
+
+def open_destination(address: str, policy: Policy) -> Destination:
+    """Return the destination that ``address`` names; nothing is reached yet. Raises `UsageError`."""
+    parsed = parse(address)
+    if isinstance(parsed, FileAddress):
+        if policy.streams > 1:
+            raise UsageError("a snapshot file is one stream: leave --streams out")
+        return SnapshotFile(parsed.path)
+    return Peer(str(parsed), connect_timeout=policy.connect_timeout, handover_timeout=policy.handover_timeout)

@@ -1,0 +1,266 @@
+"""The destination side of one migration: agree, receive, load, promise, run.
+
+The guest is run only after COMMIT has come and RUNNING is durable. Until PREPARED is sent everything that goes wrong
+throws away what came; between PREPARED and COMMIT a lost connection does too, durably (DISCARDED), before anything
+else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import hmac
+import secrets
+import socket
+import time
+from collections.abc import Callable
+
+from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused
+from amig.guest import Incoming
+from amig.session.filling import Filling
+from amig.session.tasks import one_error, to_its_end
+from amig.transport import Connection, Listener
+from amig.transport.framed import FramedConnection
+from amig.wire.frametype import FrameType
+from amig.wire.messages import (
+    Abort,
+    Commit,
+    Discarded,
+    Hello,
+    Join,
+    Joined,
+    Message,
+    Mismatch,
+    Ping,
+    Placed,
+    Pong,
+    Prepared,
+    Refuse,
+    Running,
+    Welcome,
+    agree,
+)
+from amig.wire.states import DestinationProtocol, DestinationState
+
+FEATURES: tuple[str, ...] = ()
+"""Optional features of the protocol that this side knows."""
+
+HANDSHAKE_TIMEOUT = 10.0
+"""Seconds for each message of the handshake."""
+COMMIT_TIMEOUT = 60.0
+"""Seconds to wait for COMMIT once PREPARED was sent; then the guest is discarded."""
+LAST_WORD_TIMEOUT = 2.0
+
+
+class Phase(enum.StrEnum):
+    """Where an arriving migration stands."""
+
+    WAITING = "waiting"
+    MEMORY = "memory"
+    LOADING = "loading"
+    PREPARED = "prepared"
+    RUNNING = "running"
+    DISCARDED = "discarded"
+
+
+class Inbound:
+    """Receives one migration on a connection that was accepted; ``listener`` yields its further connections."""
+
+    def __init__(
+        self,
+        first: Connection,
+        listener: Listener | None,
+        guest: Incoming,
+        *,
+        release: str,
+        name: str | None = None,
+        workers: int = 1,
+        max_streams: int = 64,
+        on_phase: Callable[[Phase], None] = lambda _: None,
+    ) -> None:
+        """``name`` is what the guest shall be called here; None keeps the source's name."""
+        self._protocol = DestinationProtocol()
+        self._link = FramedConnection(first, self._protocol)
+        self._links = [self._link]
+        self._listener = listener
+        self._guest = guest
+        self._release = release
+        self._name = name
+        self._workers = workers
+        self._max_streams = max_streams
+        self._on_phase = on_phase
+        self._built = False
+        self.phase = Phase.WAITING
+        self.migration = ""
+        self.hello: Hello | None = None
+
+    async def run(self) -> None:
+        """Receive the guest and start it. On any error nothing of it is left; cancelling discards it, too.
+
+        Raises `Refused`, `PeerError`, `LinkLost`, `VerifyFailed`, `MigrationError` (the source gave up).
+        """
+        try:
+            with one_error():
+                hello = await self._agree()
+                await self._fill(hello)
+                await self._commit()
+        except BaseException as error:
+            if self.phase is not Phase.RUNNING:
+                await to_its_end(self._discard(error))
+            raise
+        finally:
+            for link in self._links[1:]:
+                link.abort()
+
+    async def close(self) -> None:
+        """Close the connection; after a success, once the source has had its time to read RUNNING."""
+        for link in self._links:
+            with contextlib.suppress(LinkLost, OSError):
+                await link.close()
+
+    async def _agree(self) -> Hello:
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                message = await self._link.receive()
+        except Mismatch as error:
+            await self._refuse("version", str(error))
+            raise
+        except TimeoutError:
+            raise LinkLost(f"{self._link.peer} connected and said nothing") from None
+        if not isinstance(message, Hello):
+            await self._refuse("not-migrating", "no migration is under way here")
+            raise PeerError(f"{self._link.peer} sent {type(message).__name__} to a host that waits for a migration")
+        self.hello, self.migration = message, message.migration
+        try:
+            features = agree(message, FEATURES)
+            identity = await self._guest.build(
+                name=self._name or message.name, machine=message.machine, memory=message.memory
+            )
+            self._built = True
+        except (Refused, AmigError) as error:
+            await self._refuse("refused", str(error))
+            raise
+        token = secrets.token_bytes(32)
+        streams = min(message.streams, self._max_streams) if self._listener else 1
+        await self._link.send_message(
+            Welcome(
+                migration=message.migration,
+                name=self._name or message.name,
+                identity=f"{identity} on {socket.gethostname()}",
+                token=token,
+                features=features,
+                streams=streams,
+                amig=self._release,
+            )
+        )
+        await self._join(message, token, streams)
+        return message
+
+    async def _join(self, hello: Hello, token: bytes, streams: int) -> None:
+        waiting = set(range(1, streams))
+        sources: dict[int, FramedConnection] = {}
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                while waiting and self._listener is not None:
+                    link = FramedConnection(await self._listener.accept(), DestinationProtocol())
+                    stream = await self._joining(link, hello, token, waiting)
+                    if stream is None:
+                        link.abort()
+                    else:
+                        waiting.remove(stream)
+                        sources[stream] = link
+                        self._links.append(link)
+        except TimeoutError:
+            raise LinkLost(f"{len(waiting)} of {streams} connections of the migration never came") from None
+
+    async def _joining(self, link: FramedConnection, hello: Hello, token: bytes, waiting: set[int]) -> int | None:
+        """Return the stream number that a connection proved to be; None for a stranger."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT / 2):
+                message = await link.receive()
+                if (
+                    isinstance(message, Join)
+                    and message.stream in waiting
+                    and message.migration == hello.migration
+                    and hmac.compare_digest(message.token, token)
+                ):
+                    await link.send_message(Joined(stream=message.stream))
+                    return message.stream
+                await link.send_message(Refuse(code="busy", reason="another migration is arriving here"))
+        except (LinkLost, PeerError, TimeoutError):
+            pass
+        return None
+
+    async def _fill(self, hello: Hello) -> None:
+        self._enter(Phase.MEMORY)
+        filling = Filling(self._guest, hello, self._links, workers=self._workers)
+        await filling.receive(self._placed)
+        self._enter(Phase.LOADING)
+        began = time.monotonic_ns()
+        await filling.load()
+        await self._link.send_message(Prepared(migration=self.migration, load_ns=time.monotonic_ns() - began))
+        self._enter(Phase.PREPARED)
+
+    async def _placed(self, round_: int) -> None:
+        await self._link.send_message(Placed(round=round_))
+
+    async def _commit(self) -> None:
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT):
+                await self._await_commit()
+        except TimeoutError:
+            raise LinkLost(f"the source did not commit within {COMMIT_TIMEOUT:g} s") from None
+        began = time.monotonic_ns()
+        await to_its_end(self._take_over(began))
+
+    async def _await_commit(self) -> None:
+        while True:
+            message: Message = await self._link.receive()
+            match message:
+                case Commit() if message.migration == self.migration:
+                    return
+                case Commit():
+                    raise PeerError("the source committed another migration")
+                case Abort():
+                    raise MigrationError(f"the source gave up: {message.reason}")
+                case Ping():
+                    await self._link.send_message(Pong(seq=message.seq, sent_ns=message.sent_ns))
+                case _:
+                    pass
+
+    async def _take_over(self, began: int) -> None:
+        await self._guest.commit(self.migration)
+        self._enter(Phase.RUNNING)  # durable: from here on it is ours, whatever becomes of the connection
+        await self._guest.run()
+        with contextlib.suppress(LinkLost):
+            await self._link.send_message(Running(migration=self.migration, start_ns=time.monotonic_ns() - began))
+
+    async def _discard(self, error: BaseException) -> None:
+        after_promise = self._protocol.state in (
+            DestinationState.PREPARED,
+            DestinationState.COMMITTED,
+            DestinationState.UNDECIDED,
+        )
+        if self._built:
+            await self._guest.discard(self.migration)
+        self._enter(Phase.DISCARDED)
+        reason = str(error) or type(error).__name__
+        with contextlib.suppress(LinkLost, TimeoutError, OSError, RuntimeError):
+            async with asyncio.timeout(LAST_WORD_TIMEOUT):
+                if after_promise and self._protocol.may_send(FrameType.DISCARDED):
+                    await self._link.send_message(Discarded(migration=self.migration, reason=reason))
+                elif self._protocol.may_send(FrameType.ABORT):
+                    await self._link.send_message(Abort(code="failed", reason=reason))
+                await self._link.close()
+        self._link.abort()
+
+    async def _refuse(self, code: str, reason: str) -> None:
+        with contextlib.suppress(LinkLost, TimeoutError, OSError):
+            async with asyncio.timeout(LAST_WORD_TIMEOUT):
+                await self._link.send_message(Refuse(code=code, reason=reason))
+                await self._link.close()
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._on_phase(phase)

@@ -1,0 +1,182 @@
+"""Another amig as the destination: handshake, connections, and the source's half of the handover."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from amig.errors import InDoubt, LinkLost, MigrationError, PeerError, Refused
+from amig.guest import Outcome
+from amig.session.destination import Placed
+from amig.session.streams import StreamSink
+from amig.stages.send import BlockSink
+from amig.transport import connect
+from amig.transport.framed import FramedConnection
+from amig.wire.frametype import FrameType
+from amig.wire.messages import (
+    Abort,
+    Commit,
+    Discarded,
+    End,
+    Hello,
+    Join,
+    Joined,
+    Message,
+    Ping,
+    Pong,
+    Prepared,
+    Refuse,
+    Running,
+    Welcome,
+)
+from amig.wire.messages import (
+    Placed as PlacedMessage,
+)
+from amig.wire.states import SourceProtocol, SourceState
+
+_ABORT_TIMEOUT = 2.0
+
+
+class Peer:
+    """`Destination` over sockets: one connection for control and memory, and more for memory."""
+
+    one_way = False
+
+    def __init__(self, address: str, *, connect_timeout: float, handover_timeout: float) -> None:
+        self.address = address
+        self._connect_timeout = connect_timeout
+        self._handover_timeout = handover_timeout
+        self._links: list[FramedConnection] = []
+        self._protocol = SourceProtocol()
+        self._placed: Placed = lambda _: None
+        loop = asyncio.get_running_loop()
+        self._prepared: asyncio.Future[Prepared] = loop.create_future()
+        self._outcome: asyncio.Future[Outcome] = loop.create_future()
+        self.release = ""
+        """Release of amig at the destination, for people."""
+
+    async def open(self, hello: Hello) -> str:
+        """Connect, agree, and join the further connections."""
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                return await self._open(hello)
+        except TimeoutError:
+            raise LinkLost(
+                f"{self.address} did not answer within {self._connect_timeout:g} s: is it `amig receive` that listens "
+                "there, and is it free? (--connect-timeout waits longer)"
+            ) from None
+
+    async def _open(self, hello: Hello) -> str:
+        first = await self._connect(self._protocol)
+        await first.send_message(hello)
+        answer = await _answer(first)
+        if isinstance(answer, Refuse):
+            raise Refused(f"{self.address} refused: {answer.reason}")
+        assert isinstance(answer, Welcome)  # noqa: S101 - the table of states lets nothing else through
+        if answer.migration != hello.migration or not set(hello.features_required) <= set(answer.features):
+            raise PeerError(f"{self.address} welcomed another migration, or without the features asked for")
+        if answer.streams > hello.streams:
+            raise PeerError(f"{self.address} wants {answer.streams} connections; {hello.streams} were offered")
+        self.release = answer.amig
+        for stream in range(1, answer.streams):
+            link = await self._connect(SourceProtocol())
+            await link.send_message(Join(migration=hello.migration, token=answer.token, stream=stream))
+            joined = await _answer(link)
+            if isinstance(joined, Refuse):
+                raise Refused(f"{self.address} refused connection {stream}: {joined.reason}")
+            assert isinstance(joined, Joined)  # noqa: S101 - as above
+        return answer.identity
+
+    async def _connect(self, protocol: SourceProtocol) -> FramedConnection:
+        link = FramedConnection(await connect(self.address, timeout=self._connect_timeout), protocol)
+        self._links.append(link)
+        return link
+
+    def sinks(self, placed: Placed) -> Sequence[BlockSink]:
+        """Return a sink for each connection."""
+        self._placed = placed
+        return [StreamSink(link) for link in self._links]
+
+    async def listen(self) -> None:
+        """Handle what comes on the first connection, until cancelled or the handover has ended."""
+        try:
+            while self._protocol.state not in (SourceState.DONE, SourceState.RETURNED):
+                await self._handle(await self._links[0].receive())
+        except (LinkLost, PeerError) as error:
+            self._protocol.lost()
+            if self._protocol.state is not SourceState.IN_DOUBT:
+                raise
+            # Not raised here: the handover waits for its outcome and must be told, not cancelled.
+            if not self._outcome.done():
+                self._outcome.set_exception(InDoubt(str(error)))
+
+    async def _handle(self, message: Message) -> None:
+        match message:
+            case PlacedMessage():
+                self._placed(message.round)
+            case Prepared():
+                self._prepared.set_result(message)
+            case Running():
+                self._outcome.set_result(Outcome.RUNNING)
+            case Discarded():
+                if self._prepared.done() and not self._outcome.done():
+                    self._outcome.set_result(Outcome.DISCARDED)
+            case Abort():
+                raise MigrationError(f"{self.address} gave up: {message.reason}")
+            case Ping():
+                await self._links[0].send_message(Pong(seq=message.seq, sent_ns=message.sent_ns))
+            case _:
+                pass
+
+    async def finish(self, state: bytes, end: End) -> None:
+        """Send state and END; returns once the destination is PREPARED."""
+        try:
+            async with asyncio.timeout(self._handover_timeout):
+                await self._links[0].send_state(state)
+                await self._links[0].send_message(end)
+                await asyncio.shield(self._prepared)
+        except TimeoutError:
+            raise LinkLost(
+                f"{self.address} was not ready to run the guest within {self._handover_timeout:g} s "
+                "(--handover-timeout waits longer)"
+            ) from None
+
+    async def commit(self, migration: str) -> Outcome:
+        """Send COMMIT and wait for RUNNING or DISCARDED. Raises `InDoubt`."""
+        if self._protocol.state is SourceState.RETURNED:
+            return Outcome.DISCARDED
+        try:
+            async with asyncio.timeout(self._handover_timeout):
+                await self._links[0].send_message(Commit(migration=migration))
+                return await asyncio.shield(self._outcome)
+        except (LinkLost, TimeoutError) as error:
+            why = str(error) or f"no answer within {self._handover_timeout:g} s"
+            raise InDoubt(why) from error
+
+    async def abort(self, code: str, reason: str) -> None:
+        """Send ABORT if the states still allow it; then drop all connections."""
+        if self._links and self._protocol.may_send(FrameType.ABORT):
+            with contextlib.suppress(LinkLost, TimeoutError, OSError):
+                async with asyncio.timeout(_ABORT_TIMEOUT):
+                    await self._links[0].send_message(Abort(code=code, reason=reason[:2000] or code))
+                    await self._links[0].close()
+        for link in self._links:
+            link.abort()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        links, self._links = self._links, []
+        for link in links:
+            with contextlib.suppress(LinkLost, OSError):
+                await link.close()
+
+
+async def _answer(link: FramedConnection) -> Message:
+    """Return the peer's next message, answering its pings."""
+    while True:
+        message = await link.receive()
+        if isinstance(message, Ping):
+            await link.send_message(Pong(seq=message.seq, sent_ns=message.sent_ns))
+        elif not isinstance(message, Pong):
+            return message

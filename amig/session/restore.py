@@ -1,0 +1,42 @@
+"""Filling a guest from a snapshot file."""
+
+from __future__ import annotations
+
+from amig.errors import PeerError, SnapshotError
+from amig.guest import Incoming
+from amig.session.filling import Filling
+from amig.session.tasks import one_error
+from amig.transport.file import read
+from amig.transport.framed import FramedConnection
+from amig.wire.messages import Hello
+from amig.wire.states import SnapshotReaderProtocol
+
+
+async def restore(path: str, guest: Incoming, *, name: str | None = None, workers: int = 1) -> Hello:
+    """Build, fill and load ``guest`` from the snapshot at ``path``; returns what the snapshot says of it.
+
+    The guest does not run yet. A snapshot is a clone: whoever runs it while the original lives has two. Raises
+    `SnapshotError` for what is no whole snapshot, `Refused` when this host can't run it.
+    """
+    reader = await read(path)
+    link = FramedConnection(reader, SnapshotReaderProtocol())
+    try:
+        with one_error():
+            hello = await link.receive()
+            assert isinstance(hello, Hello)  # noqa: S101 - the table of states lets nothing else through
+            await guest.build(name=name or hello.name, machine=hello.machine, memory=hello.memory)
+            filling = Filling(guest, hello, [link], workers=workers)
+
+            async def on_round(_: int) -> None:
+                pass
+
+            await filling.receive(on_round)
+            await filling.load()
+            return hello
+    except BaseException as error:
+        await guest.discard("")
+        if isinstance(error, PeerError):
+            raise SnapshotError(f"{path} is damaged: {error}") from error
+        raise
+    finally:
+        await link.close()

@@ -1,0 +1,215 @@
+"""The source side of one migration, from the first connection to the release of the guest.
+
+::
+
+    CONNECTING ─ open ─> MEMORY ─ the rest fits ─> SWITCHOVER ─ PREPARED ─> COMMITTING ─ RUNNING ─> COMPLETED
+         └──────────────────┴── any failure, or cancel ─┴─> guest runs on       └─ no answer ─> in doubt, said aloud
+
+Until `Guest.commit` is called, everything that goes wrong leads back to a guest that runs as before with its dirty log
+off. From that call on nothing is cancelled any more, and only the destination's word decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+
+from amig.errors import AmigError, InDoubt
+from amig.events import Notice, State, StateChanged
+from amig.guest import Guest, Handover, Outcome
+from amig.memory import WORD_PAGES
+from amig.policy import Convergence, Limits, Policy
+from amig.session.destination import Destination
+from amig.session.progress import ProgressMeter, Tell
+from amig.session.tasks import one_error, to_its_end
+from amig.stages.ledger import Ledger
+from amig.stages.pipeline import SourcePipeline
+from amig.stages.send import Throttle
+from amig.stats import MigrationStats
+from amig.wire.messages import End, Hello
+
+PROGRESS_PERIOD = 0.1
+"""Seconds between two progress events."""
+
+
+class SourceSession:
+    """Moves one guest to one destination. Used once."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        destination: Destination,
+        *,
+        migration: str,
+        policy: Policy,
+        limits: Limits,
+        throttle: Throttle,
+        tell: Tell,
+        keep: bool,
+        release: str,
+    ) -> None:
+        """``keep``: the guest runs on here afterwards (a live snapshot); only for a one-way destination."""
+        self._guest = guest
+        self._destination = destination
+        self._migration = migration
+        self._policy = policy
+        self._throttle = throttle
+        self._tell = tell
+        self._keep = keep
+        self._release = release
+        self.state = State.CONNECTING
+        self.stats = MigrationStats(pages_total=guest.info.memory.size // 4096)
+        self.strategy = ""
+        self.downtime_s: float | None = None
+        self.identity = ""
+        self._convergence = Convergence(policy=policy, limits=limits)
+        self._meter = ProgressMeter(self.stats, self._convergence, tell)
+        self._ledger = Ledger(guest.info.memory.regions)
+        self._paused_at = 0.0
+
+    @property
+    def can_cancel(self) -> bool:
+        """Whether the guest can still be kept here."""
+        return self.state in (State.CONNECTING, State.MEMORY, State.SWITCHOVER)
+
+    async def run(self) -> None:
+        """Do it all. Raises an `AmigError` with the guest running here, or `InDoubt`.
+
+        Cancelling before COMMITTING leads back to the guest running here; later it is raised when all is over.
+        """
+        try:
+            with one_error():
+                await self._run()
+        except BaseException as error:
+            if self.can_cancel:
+                await to_its_end(self._take_back(error))
+            raise
+        finally:
+            await to_its_end(self._destination.close())
+
+    async def _run(self) -> None:
+        self._enter(State.CONNECTING)
+        info = self._guest.info
+        started = await self._guest.log_start(self._policy.dirty_log)
+        self.strategy = started.strategy
+        self.identity = await self._destination.open(
+            Hello(
+                migration=self._migration,
+                name=info.name,
+                engine=info.engine,
+                vcpus=info.vcpus,
+                memory=info.memory,
+                machine=info.machine,
+                streams=1 if self._destination.one_way else self._policy.streams,
+                compression=self._policy.compression,
+                clock="freeze",
+                amig=self._release,
+            )
+        )
+        if not self._keep:
+            handover = Handover(migration=self._migration, destination=self._destination.address, peer=self.identity)
+            await self._guest.prepare(handover)
+        sinks = self._destination.sinks(self._ledger.placed)
+        self._enter(State.MEMORY)
+        async with asyncio.TaskGroup() as group:
+            listener = group.create_task(self._destination.listen())
+            ticker = group.create_task(self._report())
+            pipeline = SourcePipeline(
+                self._guest,
+                sinks,
+                policy=self._policy,
+                convergence=self._convergence,
+                throttle=self._throttle,
+                ledger=self._ledger,
+                stats=self.stats,
+                observer=self._meter,
+                on_pause=self._pausing,
+            )
+            state = await pipeline.run()
+            await self._destination.finish(state, self._end(state))
+            await self._hand_over()
+            listener.cancel()
+            ticker.cancel()
+
+    async def _hand_over(self) -> None:
+        if self._keep:
+            await self._guest.resume()
+            self._running_again()
+            await self._guest.log_stop()
+            await self._destination.commit(self._migration)
+            self._enter(State.COMPLETED)
+            return
+        if self._destination.one_way:
+            await self._destination.commit(self._migration)  # sealed first, released after: nothing can get lost
+        self._enter(State.COMMITTING)
+        await to_its_end(self._commit())
+
+    async def _commit(self) -> None:
+        await self._guest.commit(self._migration)
+        outcome = Outcome.RUNNING
+        if not self._destination.one_way:
+            try:
+                outcome = await self._destination.commit(self._migration)
+            except InDoubt as error:
+                raise InDoubt(self._doubt(error)) from error
+        self._running_again()
+        try:
+            await self._guest.release(self._migration, outcome)
+        except AmigError as error:
+            self._tell(Notice(text=f"the guest runs at {self._destination.address}; its old host says: {error}"))
+        if outcome is Outcome.DISCARDED:
+            self._enter(State.FAILED, "the destination discarded the guest; it runs on here")
+            raise AmigError(f"{self._destination.address} discarded the guest at the last moment; it runs on here")
+        self._enter(State.COMPLETED)
+
+    def _doubt(self, error: Exception) -> str:
+        name, there = self._guest.info.name, self._destination.address
+        return (
+            f"COMMIT was sent to {there} and its answer was lost ({error}). The guest {name!r} is paused here and must "
+            f"not run here unless the destination ({self.identity}) is known not to run it. Look there with "
+            f"`amig status`: if it runs, `amig stop {name}` here; if that host is gone for good, "
+            f"`amig resolve {name} --run-here`"
+        )
+
+    async def _take_back(self, error: BaseException) -> None:
+        """Tell the destination, give bits back that were in flight, and leave the guest as it was before."""
+        reason = "cancelled" if isinstance(error, asyncio.CancelledError) else str(error) or type(error).__name__
+        code = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+        await self._destination.abort(code, reason)
+        with contextlib.suppress(AmigError, OSError):  # a host that is gone has done all this by itself
+            if code == "failed":
+                for region, words in self._ledger.in_flight().items():
+                    whole = self._guest.info.memory.region(region)
+                    assert len(words) * WORD_PAGES >= whole.pages  # noqa: S101 - a partial return would lose pages
+                    await self._guest.give_back(region, 0, words)
+            await self._guest.log_stop()
+            await self._guest.resume()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_PERIOD)
+            self._tell(self._meter.now(self.state))
+
+    def _pausing(self) -> None:
+        self._paused_at = time.monotonic()
+        self._enter(State.SWITCHOVER)
+
+    def _running_again(self) -> None:
+        self.downtime_s = time.monotonic() - self._paused_at
+
+    def _enter(self, state: State, reason: str = "") -> None:
+        self.state = state
+        self._tell(StateChanged(state=state, reason=reason))
+        if state is State.COMPLETED:
+            self._tell(self._meter.now(state))
+
+    def _end(self, state: bytes) -> End:
+        return End(
+            rounds=self.stats.rounds,
+            pages=self.stats.pages_sent,
+            zero_pages=self.stats.pages_zero,
+            state_bytes=len(state),
+            state_digest=hashlib.blake2b(state, digest_size=32).digest(),
+        )
