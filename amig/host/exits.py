@@ -10,18 +10,13 @@ import time
 from typing import Protocol
 
 from ..errors import UsageError
+from .guest_abi import PORT_PROBE, PORT_WAIT, PROBE_MAGIC
 
 log = logging.getLogger(__name__)
 
 KICK_SIGNAL = signal.SIGRTMIN + 6
 """The real-time signal that ends KVM_RUN. vCPU threads block it, so that it needs no handler and harms nobody."""
 
-WAIT_PORT = 0xA310
-"""OUT32 of n: wait n microseconds, or until a kick (guest/amig_guest.h)."""
-MAGIC_PORT = 0xA314
-"""IN32: `MAGIC` where the wait port is answered, ones elsewhere (guest/amig_guest.h)."""
-MAGIC = 0x47494D41
-"""``AMIG`` in ASCII, little-endian."""
 LONGEST_WAIT_US = 100_000
 
 
@@ -139,8 +134,8 @@ class MmioBus:
 class WaitPort:
     """The wait port of guest/amig_guest.h: a sleep that a kick ends at once; what was left of it is dropped.
 
-    It sleeps in `signal.sigtimedwait`, on the vCPU's thread, which blocks the kick signal. On a thread that does not
-    block it (a test's) it sleeps just the same.
+    OUT32 of n to the first port waits n microseconds; IN32 from the second one tells that the first is served. It
+    sleeps in `signal.sigtimedwait` on the vCPU's thread, which blocks the kick signal.
     """
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -151,9 +146,9 @@ class WaitPort:
             time.sleep(0)
 
     def read(self, offset: int, size: int) -> int:
-        """The magic number at `MAGIC_PORT`."""
-        return MAGIC if offset == MAGIC_PORT - WAIT_PORT else ones(size)
+        """The magic number at the second port."""
+        return PROBE_MAGIC if offset == PORT_PROBE - PORT_WAIT else ones(size)
 
     def add_to(self, bus: PortBus) -> None:
         """Put it where guests look for it."""
-        bus.add(WAIT_PORT, MAGIC_PORT + 4 - WAIT_PORT, self)
+        bus.add(PORT_WAIT, PORT_PROBE + 4 - PORT_WAIT, self)

@@ -57,7 +57,7 @@ def save_vcpu(vcpu: Vcpu, vm: Vm) -> VcpuState:
     return VcpuState(
         index=vcpu.index,
         tsc_khz=vcpu.get_tsc_khz(),
-        cpuid=pack_cpuid(vcpu.get_cpuid2()),
+        cpuid=pack_cpuid(vcpu.cpuid),
         events=events,
         mp_state=mp_state,
         regs=regs,
@@ -75,8 +75,8 @@ def restore_vcpu(vcpu: Vcpu, vm: Vm, state: VcpuState) -> None:
 
     Everything is checked before the first ioctl. Raises VerifyFailed for a state that is broken or does not fit this
     VM, KvmUnavailable where this host can't keep the TSC's frequency, KvmError where KVM refuses a part.
-    After an error the vCPU is half restored: discard it. KVM writes the guest's wall-clock page when it gets the clock's MSR,
-    so memory is compared before this, or not there.
+    After an error the vCPU is half restored: discard it. KVM writes the guest's wall-clock page when it gets the
+    clock's MSR, so memory is compared before this.
     """
     state.check()
     entries = state.cpuid_entries()

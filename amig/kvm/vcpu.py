@@ -27,7 +27,7 @@ from .ioctl import run as kvm_run
 from .ring import DirtyRing
 
 _MSR = struct.Struct("<IIQ")
-_MSR_BATCH = 256  # the kernel's own limit (MAX_IO_MSRS)
+_MSR_BATCH = 255  # the kernel takes fewer than MAX_IO_MSRS, which is 256
 _REASONS: dict[int, ExitReason] = {int(reason): reason for reason in ExitReason}
 
 
@@ -52,6 +52,7 @@ class Vcpu(Handle):
         """Bytes that XSAVE state takes on this VM (KVM_CAP_XSAVE2; 4096 or more)."""
         self.has_sregs2 = sregs2
         self._running = False
+        self._cpuid: tuple[CpuidEntry, ...] = ()
 
     # running
 
@@ -232,6 +233,15 @@ class Vcpu(Handle):
         """Set what CPUID answers; before the first run (api.rst 4.46)."""
         buffer = ctypes.create_string_buffer(pack_cpuid(entries))
         self._call(Request.KVM_SET_CPUID2, ctypes.addressof(buffer))
+        self._cpuid = tuple(entries)
+
+    @property
+    def cpuid(self) -> tuple[CpuidEntry, ...]:
+        """The CPUID entries as they were set, which is what moves with the guest; as KVM has them if none were set.
+
+        KVM itself answers with bits of the moment (OSXSAVE) or, where it can't intercept CPUID, with the host's.
+        """
+        return self._cpuid or self.get_cpuid2()
 
     def get_tsc_khz(self) -> int:
         """The guest's TSC frequency in kHz (api.rst 4.56)."""
