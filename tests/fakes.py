@@ -14,6 +14,7 @@ from amig.host.handover import Records
 from amig.host.hosted import HostedGuest
 from amig.host.local import error_code
 from amig.host.memory import MemfdMemory
+from amig.host.relay import ConsoleRelay
 from amig.host.session import HostSession
 from amig.memory import PAGE_SIZE, MemoryMap, Region, Slot
 from amig.sim.kernel_log import SimKernelLog
@@ -115,35 +116,6 @@ def build(description: bytes, memory_map: MemoryMap) -> FakeMachine:
     return FakeMachine(memory_map)
 
 
-class FakeConsole:
-    """Implements `amig.host.session.Console`: remembers what came, passes on what a test says."""
-
-    def __init__(self) -> None:
-        self.sessions: list[HostSession] = []
-        self.fed = bytearray()
-        self.history = b""
-
-    def attach(self, session: HostSession, *, replay: bool) -> None:
-        self.sessions.append(session)
-        if replay and self.history:
-            session.console_output(self.history)
-
-    def detach(self, session: HostSession) -> None:
-        if session in self.sessions:
-            self.sessions.remove(session)
-
-    def feed(self, data: bytes) -> None:
-        self.fed += data
-
-    def say(self, data: bytes) -> None:
-        for session in self.sessions:
-            session.console_output(data)
-
-    @property
-    def attached(self) -> int:
-        return len(self.sessions)
-
-
 @asynccontextmanager
 async def hosted_guest(directory: Path, name: str = "web1", *, start: bool = True) -> AsyncIterator[HostedGuest]:
     """A running guest, its records kept under ``directory``."""
@@ -158,9 +130,9 @@ async def hosted_guest(directory: Path, name: str = "web1", *, start: bool = Tru
 
 
 @asynccontextmanager
-async def serving(hosted: HostedGuest, path: Path, console: FakeConsole | None = None) -> AsyncIterator[ControlServer]:
+async def serving(hosted: HostedGuest, path: Path, console: ConsoleRelay | None = None) -> AsyncIterator[ControlServer]:
     """Its control socket."""
-    console = console or FakeConsole()
+    console = console or ConsoleRelay(hosted)
     server = ControlServer(path, lambda outbox: HostSession(hosted, outbox, console), error_code)
     task = asyncio.create_task(server.serve())
     try:
@@ -169,7 +141,6 @@ async def serving(hosted: HostedGuest, path: Path, console: FakeConsole | None =
         task.cancel()
         await asyncio.wait({task})
         server.close()
-        path.unlink(missing_ok=True)
         if not task.cancelled():
             task.result()
 

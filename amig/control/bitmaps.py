@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from amig.control.messages import BitmapPlace
+from amig.control.replies import BitmapPlace
 from amig.errors import ControlError
 from amig.memory import MAX_REGION_BYTES, PAGE_SIZE, MemoryMap, Region, Words
 

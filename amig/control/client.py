@@ -8,6 +8,9 @@ import socket
 from collections.abc import Callable, Mapping
 
 from amig.control import messages as m
+from amig.control import replies as rp
+from amig.control import requests as rq
+from amig.control import types
 from amig.control.bitmaps import BitmapReader
 from amig.control.fdpass import close_all
 from amig.control.link import DEFAULT_TIMEOUT, Link
@@ -37,6 +40,8 @@ class SocketGuest:
         self._takes: TakeClient | None = None
         self.cancel_requested = asyncio.Event()
         """Set when an operator asks for the migration that `migration_begin` registered to be cancelled."""
+        self.on_cancel: Callable[[str], None] | None = None
+        """Called then, with the migration's id."""
         link.on_notice = self._notice
         link.on_broken = self._broken
 
@@ -82,13 +87,13 @@ class SocketGuest:
 
     async def log_start(self, strategy: str | None) -> LogStarted:
         """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this connection is a user already."""
-        reply, fds = await self._link.request(m.LogStart(strategy=strategy), m.LogIsOn)
+        reply, fds = await self._link.request(rq.LogStart(strategy=strategy), rp.LogIsOn)
         try:
             _expect(fds, 2)
             bitmaps = BitmapReader(fds[0], reply.bitmaps, self._info.memory)
             sock = _take_socket(fds[1])
         except BaseException:
-            self._link.post(m.LogStop())
+            self._link.post(rq.LogStop())
             raise
         finally:
             close_all(fds)
@@ -99,7 +104,7 @@ class SocketGuest:
     async def sync(self) -> Mapping[int, Words]:
         """See `amig.guest.Guest.sync`; the arrays lie in shared memory and can't be written."""
         bitmaps, _ = self._log()
-        await self._link.ask(m.Sync())
+        await self._link.ask(rq.Sync())
         return dict(bitmaps.pending)
 
     async def take_and_clear(self, region: int, first: int, count: int) -> Words:
@@ -121,11 +126,11 @@ class SocketGuest:
         await self._return(region, first, taken)
 
     async def _return(self, region: int, first: int, taken: Words) -> None:
-        for start in range(0, len(taken), m.MAX_GIVE_BACK_WORDS):
-            part = taken[start : start + m.MAX_GIVE_BACK_WORDS]
+        for start in range(0, len(taken), types.MAX_GIVE_BACK_WORDS):
+            part = taken[start : start + types.MAX_GIVE_BACK_WORDS]
             if part.any():
                 words = part.astype("<u8", copy=False).tobytes()
-                await self._link.ask(m.GiveBack(region=region, first=first + start * WORD_PAGES, words=words))
+                await self._link.ask(rq.GiveBack(region=region, first=first + start * WORD_PAGES, words=words))
 
     def _pages(self, region: int, first: int, words: Words) -> int:
         return min(len(words) * WORD_PAGES, self._info.memory.region(region).pages - first)
@@ -135,7 +140,7 @@ class SocketGuest:
         if self._takes is None:
             return
         self._leave_log()
-        await self._link.ask(m.LogStop())
+        await self._link.ask(rq.LogStop())
 
     def _log(self) -> tuple[BitmapReader, TakeClient]:
         if self._link.broken is not None:
@@ -153,51 +158,53 @@ class SocketGuest:
 
     async def pause(self) -> None:
         """See `amig.guest.Guest.pause`."""
-        await self._link.ask(m.Pause())
+        await self._link.ask(rq.Pause())
 
     async def resume(self) -> None:
         """See `amig.guest.Guest.resume`."""
-        await self._link.ask(m.Resume())
+        await self._link.ask(rq.Resume())
 
     async def save(self) -> bytes:
         """See `amig.guest.Guest.save`."""
-        reply, fds = await self._link.request(m.Save(), m.Saved, limit=m.MAX_SAVE_FRAME)
+        reply, fds = await self._link.request(rq.Save(), rp.Saved, limit=types.MAX_SAVE_FRAME)
         close_all(fds)
         return reply.state
 
     async def prepare(self, handover: Handover) -> None:
         """See `amig.guest.Guest.prepare`."""
-        request = m.Prepare(
+        request = rq.Prepare(
             migration=handover.migration, destination=handover.destination[:1024], peer=handover.peer[:1024]
         )
         await self._link.ask(request)
 
     async def commit(self, migration: str) -> None:
         """See `amig.guest.Guest.commit`."""
-        await self._link.ask(m.Commit(migration=migration))
+        await self._link.ask(rq.Commit(migration=migration))
 
     async def release(self, migration: str, outcome: Outcome) -> None:
         """See `amig.guest.Guest.release`."""
-        await self._link.ask(m.Release(migration=migration, outcome=outcome))
+        await self._link.ask(rq.Release(migration=migration, outcome=outcome))
 
     # --- what others may see of this migration -----------------------------------------------------------------------
 
     async def migration_begin(self, migration: str, destination: str) -> None:
         """Claim the guest: refused with ``busy`` when another connection migrates it."""
         self.cancel_requested.clear()
-        await self._link.ask(m.MigrationBegin(migration=migration, destination=destination[:1024]))
+        await self._link.ask(rq.MigrationBegin(migration=migration, destination=destination[:1024]))
 
-    def migration_progress(self, progress: m.Progress) -> None:
+    def migration_progress(self, progress: types.Progress) -> None:
         """Show figures to whoever asks the host; never waits, and a lost one does not matter."""
-        self._link.post(m.MigrationProgress(progress=progress))
+        self._link.post(rq.MigrationProgress(progress=progress))
 
     async def migration_end(self, status: str, error: str = "") -> None:
         """Say how it ended: ``completed``, ``cancelled`` or ``failed``."""
-        await self._link.ask(m.MigrationEnd(status=status, error=error[:4096]))
+        await self._link.ask(rq.MigrationEnd(status=status, error=error[:4096]))
 
-    def _notice(self, notice: m.Notice) -> None:
-        if isinstance(notice, m.CancelRequested):
+    def _notice(self, notice: types.Notice) -> None:
+        if isinstance(notice, rp.CancelRequested):
             self.cancel_requested.set()
+            if self.on_cancel is not None:
+                self.on_cancel(notice.migration)
 
     def _broken(self, _error: ControlError) -> None:
         self._leave_log()
@@ -210,7 +217,7 @@ class SocketGuest:
         try:
             if self._link.broken is None:
                 await self.log_stop()
-                await self._link.ask(m.Leave())
+                await self._link.ask(rq.Leave())
         except AmigError:
             pass  # gone or refusing: hanging up has the same effect there
         finally:

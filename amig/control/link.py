@@ -12,11 +12,14 @@ from typing import TypeVar
 import msgspec
 
 from amig.control import messages as m
+from amig.control import replies as rp
+from amig.control import requests as rq
+from amig.control import types
 from amig.control.fdpass import Closed, FrameReader, FrameWriter, close_all
 from amig.control.waiting import finish
 from amig.errors import ControlError, NoSuchGuest, UsageError
 
-R = TypeVar("R", bound=m.Reply)
+R = TypeVar("R", bound=types.Reply)
 
 MAX_FDS = 64
 DEFAULT_TIMEOUT = 60.0
@@ -39,7 +42,7 @@ class _Pending:
     __slots__ = ("fds", "limit", "reply")
 
     def __init__(self, limit: int) -> None:
-        self.reply: asyncio.Future[m.Reply] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[types.Reply] = asyncio.get_running_loop().create_future()
         self.limit = limit
         self.fds: list[int] = []
 
@@ -50,7 +53,7 @@ class Link:
     def __init__(self, sock: socket.socket, *, timeout: float) -> None:
         self._sock = sock
         self._timeout = timeout
-        self._reader = FrameReader(sock, limit=m.MAX_FRAME, max_fds=MAX_FDS)
+        self._reader = FrameReader(sock, limit=types.MAX_FRAME, max_fds=MAX_FDS)
         self._writer = FrameWriter(sock)
         self._pending: dict[int, _Pending] = {}
         self._next = 1
@@ -58,7 +61,8 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._readable)
         self._reading = True
-        self.on_notice: Callable[[m.Notice], None] | None = None
+        self._farewell = ""
+        self.on_notice: Callable[[types.Notice], None] | None = None
         self.on_broken: Callable[[ControlError], None] | None = None
 
     @classmethod
@@ -87,22 +91,24 @@ class Link:
             sock.close()
             raise
 
-    async def hello(self, *, client: str, want_memory: bool = False) -> tuple[m.HelloOk, list[int]]:
+    async def hello(self, *, client: str, want_memory: bool = False) -> tuple[rp.HelloOk, list[int]]:
         """Say who we are; returns the host's answer and its descriptors, the caller's to close."""
-        hello = m.Hello(
-            version=m.VERSION,
+        hello = rq.Hello(
+            version=types.VERSION,
             require=("take-socket",) if want_memory else (),
             want_memory=want_memory,
             client=client[:256],
         )
-        return await self.request(hello, m.HelloOk, limit=m.MAX_HELLO_FRAME)
+        return await self.request(hello, rp.HelloOk, limit=types.MAX_HELLO_FRAME)
 
-    async def ask(self, request: m.Request) -> None:
+    async def ask(self, request: types.Request) -> None:
         """Send a request whose answer is only yes or no."""
-        _, fds = await self.request(request, m.Ok)
+        _, fds = await self.request(request, rp.Ok)
         close_all(fds)
 
-    async def request(self, request: m.Request, kind: type[R], *, limit: int = m.MAX_FRAME) -> tuple[R, list[int]]:
+    async def request(
+        self, request: types.Request, kind: type[R], *, limit: int = types.MAX_FRAME
+    ) -> tuple[R, list[int]]:
         """Send a request and wait for its reply; raises `ControlError` as the host words it.
 
         When cancelled it still waits for the reply, for at most the link's time limit: what the host does can't be
@@ -124,18 +130,18 @@ class Link:
         finally:
             late.cancel()
             self._pending.pop(number, None)
-            self._reader.limit = max([m.MAX_FRAME, *(p.limit for p in self._pending.values())])
+            self._reader.limit = max([types.MAX_FRAME, *(p.limit for p in self._pending.values())])
         if isinstance(reply, kind):
             return reply, pending.fds
         close_all(pending.fds)
-        if isinstance(reply, m.Error):
+        if isinstance(reply, rp.Error):
             raise ControlError(reply.message, code=reply.code)
         asked, answered = type(request).__name__, type(reply).__name__
         error = ControlError(f"the host answered {asked} with {answered}", code="malformed")
         self.abort(error)
         raise error
 
-    def post(self, request: m.Request) -> None:
+    def post(self, request: types.Request) -> None:
         """Send a request and forget it: whatever the answer is, it changes nothing for us."""
         if self._broken is None:
             with contextlib.suppress(Closed):
@@ -166,12 +172,14 @@ class Link:
                 finally:
                     close_all(fds)
         except Closed as error:
-            self.abort(ControlError(f"{error}: the host has gone", code="closed"))
+            self.abort(ControlError(f"{error}: the host has gone{self._farewell}", code="closed"))
         except ControlError as error:
             self.abort(error)
 
     def _dispatch(self, message: m.AnyFromHost, fds: list[int]) -> None:
-        if isinstance(message, m.Notice):
+        if isinstance(message, rp.GuestEnded):
+            self._farewell = f"; its guest ended: {message.reason or message.state}"
+        if isinstance(message, types.Notice):
             if self.on_notice is not None:
                 self.on_notice(message)
             return

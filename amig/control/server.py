@@ -17,12 +17,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 from amig.control import messages as m
+from amig.control import replies as rp
+from amig.control import types
 from amig.control.fdpass import Closed, FrameReader, FrameWriter, close_all
 from amig.control.link import check_socket_path
 from amig.control.waiting import readable
 from amig.errors import AmigError, ControlError, HostError
 
 MAX_CONNECTIONS = 64
+LINGER = 1.0
+"""Seconds that a client has to take the last words said to it."""
 _log = logging.getLogger(__name__)
 _UCRED = struct.Struct("iII")
 
@@ -30,7 +34,7 @@ _UCRED = struct.Struct("iII")
 class Answer:
     """A reply and the descriptors that go with it, which are closed once it has been posted."""
 
-    def __init__(self, reply: m.Reply, fds: tuple[int, ...] = ()) -> None:
+    def __init__(self, reply: types.Reply, fds: tuple[int, ...] = ()) -> None:
         self.reply = reply
         self.fds = list(fds)
 
@@ -52,7 +56,7 @@ class Outbox(Protocol):
     def buffered(self) -> int:
         """Bytes that the client has not taken yet."""
 
-    def notify(self, notice: m.Notice) -> None:
+    def notify(self, notice: types.Notice) -> None:
         """Queue a notice; dropped when the connection has gone."""
 
 
@@ -65,7 +69,7 @@ class _Connection:
 
     def __init__(self, sock: socket.socket, open_session: OpenSession, error_code: ErrorCode) -> None:
         self._sock = sock
-        self._reader = FrameReader(sock, limit=m.MAX_FRAME, max_fds=0)
+        self._reader = FrameReader(sock, limit=types.MAX_FRAME, max_fds=0)
         self._writer = FrameWriter(sock)
         self._session = open_session(self)
         self._error_code = error_code
@@ -74,7 +78,7 @@ class _Connection:
     def buffered(self) -> int:
         return self._writer.buffered
 
-    def notify(self, notice: m.Notice) -> None:
+    def notify(self, notice: types.Notice) -> None:
         with contextlib.suppress(Closed):
             self._writer.post(m.encode(notice))
 
@@ -94,6 +98,9 @@ class _Connection:
             # the socket is closed last: a client that waits for its end knows that all is undone
             try:
                 await self._session.end()
+                with contextlib.suppress(Closed, TimeoutError):
+                    async with asyncio.timeout(LINGER):
+                        await self._writer.flushed()
             finally:
                 self._writer.close()
                 self._reader.close()
@@ -103,10 +110,10 @@ class _Connection:
         try:
             answer = await self._session.answer(request)
         except AmigError as error:
-            answer = Answer(m.Error(id=request.id, code=self._error_code(error), message=str(error)[:4096]))
+            answer = Answer(rp.Error(id=request.id, code=self._error_code(error), message=str(error)[:4096]))
         except OSError as error:
             _log.exception("a control request failed")
-            answer = Answer(m.Error(id=request.id, code="error", message=str(error)[:4096]))
+            answer = Answer(rp.Error(id=request.id, code="error", message=str(error)[:4096]))
         try:
             if request.id:
                 self._writer.post(m.encode(answer.reply), tuple(answer.fds))
@@ -115,8 +122,8 @@ class _Connection:
 
     async def _last_words(self, error: ControlError) -> None:
         with contextlib.suppress(Closed, TimeoutError):
-            self._writer.post(m.encode(m.Error(code=error.code, message=str(error)[:4096])))
-            async with asyncio.timeout(1):
+            self._writer.post(m.encode(rp.Error(code=error.code, message=str(error)[:4096])))
+            async with asyncio.timeout(LINGER):
                 await self._writer.flushed()
 
 

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import msgspec
 
-from amig.control.messages import GuestProgress, Progress
+from amig.control.types import Progress
 from amig.dirty.hub import DirtyLogHub
 from amig.errors import AmigError, ControlError, HostError
 from amig.guest import GuestInfo, Handover, Outcome, RunState
@@ -102,8 +102,6 @@ class HostedGuest:
         self.last_migration: Migration | None = None
         self.reason = ""
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-        self.read_progress: Callable[[], GuestProgress | None] | None = None
-        """Reads what our own guest image counts; blocks for microseconds."""
         self.on_change: Callable[[], None] = lambda: None
         self._phase = RunState.INCOMING
         self._turn = asyncio.Lock()

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from amig.control.messages import Progress
 from amig.control.take import check_range
+from amig.control.types import Progress
 from amig.control.waiting import finish, settle
 from amig.dirty.hub import HubUser
 from amig.errors import AmigError, ControlError, GuestError, KvmError, Refused, UsageError, VerifyFailed

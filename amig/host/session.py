@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from amig.control import messages as m
+from amig.control import replies as rp
+from amig.control import requests as rq
+from amig.control import types
 from amig.control.bitmaps import SharedBitmaps, reopen_read_only
 from amig.control.server import Answer, Outbox
 from amig.control.take import TakeServer
 from amig.control.waiting import finish
 from amig.errors import ControlError
-from amig.host.hosted import HostedGuest
+from amig.host.hosted import Ended, HostedGuest
 from amig.host.local import LocalGuest
 from amig.host.status import status
 
@@ -23,21 +27,24 @@ MAX_CONSOLE_BACKLOG = 256 << 10
 """Bytes of console output queued for one client; more is dropped, and counted."""
 
 
+Listener = Callable[[bytes], None]
+
+
 class Console(Protocol):
-    """Where a session finds the guest's serial output."""
-
-    def attach(self, session: HostSession, *, replay: bool) -> None:
-        """Call `HostSession.console_output` for what comes, on the event loop."""
-
-    def detach(self, session: HostSession) -> None:
-        """Stop that; idempotent."""
-
-    def feed(self, data: bytes) -> None:
-        """Bytes for the guest."""
+    """Where a session finds the guest's serial port; `amig.host.relay.ConsoleRelay`."""
 
     @property
     def attached(self) -> int:
         """How many listen."""
+
+    def attach(self, listener: Listener, *, replay: bool) -> None:
+        """Call ``listener`` with what comes, on the event loop; with ``replay`` first with what came lately."""
+
+    def detach(self, listener: Listener) -> None:
+        """Stop that; idempotent."""
+
+    async def feed(self, data: bytes) -> None:
+        """Bytes for the guest."""
 
 
 class _Log:
@@ -70,72 +77,73 @@ class HostSession:
         self._guest: LocalGuest | None = None
         self._log: _Log | None = None
         self._dropped = 0
+        hosted.ended.add_done_callback(self._guest_ended)
 
     async def answer(self, request: m.AnyRequest) -> Answer:
         """Do what is asked; the replies are in docs/guest-protocol.md."""
-        if isinstance(request, m.Hello):
+        if isinstance(request, rq.Hello):
             return self._hello(request)
         if not self._client:
             raise ControlError("hello comes first", code="hello-first")
         match request:
-            case m.Status():
+            case rq.Status():
                 return Answer(await status(self._hosted, request=request.id, consoles=self._console.attached))
-            case m.LogStart():
+            case rq.LogStart():
                 return await self._log_start(request)
-            case m.Sync():
+            case rq.Sync():
                 guest, log = self._logging()
                 await guest.sync_into(log.bitmaps.pending)
-            case m.GiveBack():
+            case rq.GiveBack():
                 await self._give_back(request)
-            case m.LogStop():
+            case rq.LogStop():
                 await self._log_stop()
-            case m.Pause():
+            case rq.Pause():
                 await self._user().pause()
-            case m.Resume():
+            case rq.Resume():
                 await self._user().resume()
-            case m.Save():
+            case rq.Save():
                 state = await self._user().save()
-                if len(state) > m.MAX_SAVE_FRAME - 1024:
+                if len(state) > types.MAX_SAVE_FRAME - 1024:
                     raise ControlError(
                         f"a device state of {len(state)} bytes is too large to pass on", code="too-large"
                     )
-                return Answer(m.Saved(id=request.id, state=state))
-            case m.Prepare():
+                return Answer(rp.Saved(id=request.id, state=state))
+            case rq.Prepare():
                 await self._user().prepare(m.handover(request))
-            case m.Commit():
+            case rq.Commit():
                 await self._user().commit(request.migration)
-            case m.Release():
+            case rq.Release():
                 await self._hosted.release(request.migration, request.outcome)
-            case m.MigrationBegin():
+            case rq.MigrationBegin():
                 await self._user().migration_begin(request.migration, request.destination)
-            case m.MigrationProgress():
+            case rq.MigrationProgress():
                 self._user().migration_progress(request.progress)
-            case m.MigrationEnd():
+            case rq.MigrationEnd():
                 await self._user().migration_end(request.status, request.error)
-            case m.Leave():
+            case rq.Leave():
                 await self._leave()
-            case m.Cancel():
+            case rq.Cancel():
                 self._hosted.cancel_migration()
-            case m.OperatorPause():
+            case rq.OperatorPause():
                 await self._hosted.operator_pause()
-            case m.OperatorResume():
+            case rq.OperatorResume():
                 await self._hosted.operator_resume()
-            case m.Stop():
+            case rq.Stop():
                 await self._hosted.stop(force=request.force)
-            case m.ConsoleAttach():
-                self._console.attach(self, replay=request.replay)
-            case m.ConsoleInput():
-                self._console.feed(request.data)
-            case m.ConsoleDetach():
-                self._console.detach(self)
-        return Answer(m.Ok(id=request.id))
+            case rq.ConsoleAttach():
+                self._console.attach(self.console_output, replay=request.replay)
+            case rq.ConsoleInput():
+                await self._console.feed(request.data)
+            case rq.ConsoleDetach():
+                self._console.detach(self.console_output)
+        return Answer(rp.Ok(id=request.id))
 
-    def _hello(self, request: m.Hello) -> Answer:
-        if request.version != m.VERSION:
+    def _hello(self, request: rq.Hello) -> Answer:
+        if request.version != types.VERSION:
             raise ControlError(
-                f"this host speaks version {m.VERSION} of the guest protocol, not {request.version}", code="version"
+                f"this host speaks version {types.VERSION} of the guest protocol, not {request.version}", code="version"
             )
-        missing = sorted(set(request.require) - m.FEATURES)
+        missing = sorted(set(request.require) - types.FEATURES)
         if missing:
             raise ControlError(f"this host can't do {', '.join(missing)}", code="unsupported-feature")
         self._client = request.client or "unnamed"
@@ -144,10 +152,10 @@ class HostSession:
         if not hosted.has_machine:
             if request.want_memory:
                 raise ControlError(f"{hosted.name} is waiting for a guest: there is none yet", code="wrong-state")
-            features = tuple(sorted(m.FEATURES))
-            hello = m.HelloOk(
+            features = tuple(sorted(types.FEATURES))
+            hello = rp.HelloOk(
                 id=request.id,
-                version=m.VERSION,
+                version=types.VERSION,
                 features=features,
                 name=hosted.name,
                 pid=pid,
@@ -172,13 +180,13 @@ class HostSession:
     def _user(self) -> LocalGuest:
         if self._guest is None:
             guest = LocalGuest(self._hosted, name=self._client)
-            guest.on_cancel = lambda migration: self._outbox.notify(m.CancelRequested(migration=migration))
+            guest.on_cancel = lambda migration: self._outbox.notify(rp.CancelRequested(migration=migration))
             self._guest = guest
         return self._guest
 
     # --- the dirty log -----------------------------------------------------------------------------------------------
 
-    async def _log_start(self, request: m.LogStart) -> Answer:
+    async def _log_start(self, request: rq.LogStart) -> Answer:
         guest = self._user()
         started = await guest.log_start(request.strategy)
         try:
@@ -189,7 +197,7 @@ class HostSession:
         self._log = log
         fds = (log.bitmaps.reader_fd(), log.takes.peer.detach())
         log.takes.start()
-        reply = m.LogIsOn(
+        reply = rp.LogIsOn(
             id=request.id,
             strategy=started.strategy,
             initially_set=started.initially_set,
@@ -203,7 +211,7 @@ class HostSession:
             raise ControlError("this connection is no user of the dirty log: log-start comes first", code="not-a-user")
         return self._guest, self._log
 
-    async def _give_back(self, request: m.GiveBack) -> None:
+    async def _give_back(self, request: rq.GiveBack) -> None:
         guest, _ = self._logging()
         if len(request.words) % 8 or not request.words:
             raise ControlError("a bitmap is a whole number of words", code="bad-range")
@@ -223,15 +231,20 @@ class HostSession:
 
     def console_output(self, data: bytes) -> None:
         """Pass on what the guest wrote; a client that does not read loses it, never the guest its time."""
-        for start in range(0, len(data), m.MAX_CONSOLE_BYTES):
-            part = data[start : start + m.MAX_CONSOLE_BYTES]
+        for start in range(0, len(data), types.MAX_CONSOLE_BYTES):
+            part = data[start : start + types.MAX_CONSOLE_BYTES]
             if self._outbox.buffered > MAX_CONSOLE_BACKLOG:
                 self._dropped += len(part)
             else:
                 dropped, self._dropped = self._dropped, 0
-                self._outbox.notify(m.ConsoleOutput(data=part, dropped=dropped))
+                self._outbox.notify(rp.ConsoleOutput(data=part, dropped=dropped))
 
     # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _guest_ended(self, ended: asyncio.Future[Ended]) -> None:
+        if self._client:
+            reason = ended.result().reason[:4096]
+            self._outbox.notify(rp.GuestEnded(state=self._hosted.state, reason=reason))
 
     async def _leave(self) -> None:
         """Logging off, then the guest's pause undone: the thread that takes must be gone before its user is."""
@@ -244,6 +257,7 @@ class HostSession:
 
     async def end(self) -> None:
         """Undo what this connection did."""
-        self._console.detach(self)
+        self._hosted.ended.remove_done_callback(self._guest_ended)
+        self._console.detach(self.console_output)
         with contextlib.suppress(ControlError):
             await self._leave()
