@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "host": CORE | {"kvm", "dirty", "control", "sim"},
     "session": CORE | {"stages", "wire", "transport", "control", "host"},
 }
-"""Rooms that may import only what stands here, and themselves. ``cli``, ``report`` and the top may import everything."""
+"""Rooms may import what stands here, and themselves; ``cli``, ``report`` and the top everything."""
 
 THIRD_PARTY_OF_CORE = {"numpy", "msgspec"}
 FREE = {"cli", "report", "__init__", "__main__"}
