@@ -5,8 +5,10 @@
 #include "guest.h"
 
 #define PIT_HZ 1193182
-#define PIT_TICKS 23864 /* 20 ms */
-#define PIT_TRIES 5
+#define PIT_TICKS 47727 /* 40 ms; the counter runs 55 */
+#define PIT_READINGS 4
+#define PIT_POLLS 100000
+#define PIT_ATTEMPTS 8
 
 static void cpuid(u32 leaf, u32 *a, u32 *b, u32 *c)
 {
@@ -36,42 +38,52 @@ static u64 tsc_from_cpuid(void)
     return 0;
 }
 
-/* Counts the TSC over 20 ms of the PIT's channel 2; 0 when there is no PIT. */
-static u64 pit_once(void)
-{
-    u64 start, end;
-    u32 tries = 0;
+struct moment {
+    u64 tsc, width; /* somewhere in [tsc, tsc + width] */
+    u32 count;      /* the PIT's counter stood here; it counts down */
+};
 
-    outb(0x61, (u8)((inb(0x61) & ~2) | 1)); /* gate on, speaker off */
-    outb(0x43, 0xb0);                       /* channel 2, both bytes, one shot */
-    outb(0x42, PIT_TICKS & 0xff);
-    outb(0x42, PIT_TICKS >> 8);
-    start = rdtsc();
-    while (!(inb(0x61) & 0x20))
-        if (++tries == 10000000)
-            return 0;
-    end = rdtsc();
-    if (tries < 10)
-        return 0;
-    return (end - start) * PIT_HZ / PIT_TICKS / 1000;
+/* The best of some readings: each access may be held up by a busy host, and the latch tells when by the TSC around it. */
+static struct moment pit_moment(void)
+{
+    struct moment best = {0, ~0ull, 0};
+
+    for (u32 i = 0; i < PIT_READINGS; i++) {
+        u64 before = rdtsc(), width;
+        u32 count;
+
+        outb(0x43, 0x80); /* latch channel 2 */
+        width = rdtsc() - before;
+        count = inb(0x42);
+        count |= (u32)inb(0x42) << 8;
+        if (width < best.width)
+            best = (struct moment){before, width, count};
+    }
+    return best;
 }
 
-/* The median: a host that is busy holds us up now at the start, now at the end. */
+/* TSC against the PIT's channel 2 between two moments some 40 ms apart; 0 when there is no PIT. */
 static u64 tsc_from_pit(void)
 {
-    u64 khz[PIT_TRIES];
+    for (u32 attempt = 0; attempt < PIT_ATTEMPTS; attempt++) {
+        struct moment first, last;
+        u32 polls = 0;
 
-    for (u32 i = 0; i < PIT_TRIES; i++) {
-        u64 new = pit_once();
-        u32 j = i;
-
-        if (!new)
-            return 0;
-        for (; j && khz[j - 1] > new; j--)
-            khz[j] = khz[j - 1];
-        khz[j] = new;
+        outb(0x61, (u8)((inb(0x61) & ~2) | 1)); /* gate on, speaker off */
+        outb(0x43, 0xb0);                       /* channel 2, both bytes, one shot: its output rises at 0 */
+        outb(0x42, 0xff);
+        outb(0x42, 0xff);
+        first = pit_moment();
+        do {
+            last = pit_moment();
+            if (++polls == PIT_POLLS)
+                return 0;
+        } while (first.count - last.count < PIT_TICKS && last.count < first.count && !(inb(0x61) & 0x20));
+        if (inb(0x61) & 0x20 || last.count >= first.count) /* held up past the counter's end */
+            continue;
+        return (last.tsc + last.width / 2 - first.tsc - first.width / 2) * PIT_HZ / (first.count - last.count) / 1000;
     }
-    return khz[PIT_TRIES / 2];
+    return 0;
 }
 
 void tsc_setup(void)

@@ -430,7 +430,7 @@ def test_the_guests_own_clock_sees_a_stop(boot, accel):
     time.sleep(0.2)  # the gap itself, not a wait for something
     machine.process.send_signal(signal.SIGCONT)
     machine.wait_for(lambda: machine.cpu["heartbeat"] > beats)
-    assert machine.cpu["gap_max"] >= 0.2 * 1000 * int(machine.status["tsc_khz"])
+    assert machine.cpu["gap_max"] >= 0.15 * 1000 * int(machine.status["tsc_khz"])  # which the guest measured itself
     assert machine.cpu["gap_tsc"] <= machine.cpu["tsc"]
 
 
