@@ -68,7 +68,7 @@ async def listen(address: TcpAddress) -> SocketListener:
 
 async def _resolve(address: TcpAddress, *, passive: bool) -> list[_Info]:
     flags = socket.AI_PASSIVE if passive else 0
-    with contextlib.suppress(socket.gaierror):  # a number needs no resolver and no thread
+    with contextlib.suppress(socket.gaierror, UnicodeError):  # a number needs no resolver and no thread
         return list(
             socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM, 0, flags | socket.AI_NUMERICHOST)
         )
