@@ -27,6 +27,10 @@ def test_a_state_arrives_whole(size):
     assert assembler.take() == content
 
 
+def test_the_digest_is_the_documented_one():
+    assert state.digest(b"abc").hex() == "bddd813c634239723171ef3fee98579b94964e3bb1cb3e427262c8c068d52319"
+
+
 @pytest.mark.parametrize("size", [0, limits.MAX_STATE + 1])
 def test_a_state_outside_the_limits_is_not_sent(size):
     with pytest.raises(ValueError, match="a state of"):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 _HEADER: Final = struct.Struct("<QQ")
 assert _HEADER.size == STATE_HEADER_SIZE  # noqa: S101 - the layout's proof, checked once at import
+
+
+def digest(state: Buffer) -> bytes:
+    """Return what END states about the whole state: BLAKE2b-256."""
+    return hashlib.blake2b(state, digest_size=32).digest()
 
 
 def split(state: bytes) -> Iterator[tuple[bytes, memoryview]]:
