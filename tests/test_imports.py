@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "sim": CORE | {"dirty"},
     "control": CORE | {"dirty"},
     "host": CORE | {"kvm", "dirty", "control", "sim"},
-    "session": CORE | {"stages", "wire", "transport", "control", "host"},
+    "session": CORE | {"stages", "wire", "transport", "control", "host", "sim"},
 }
 """Rooms may import what stands here, and themselves; ``cli``, ``report`` and the top everything."""
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from amig.dirty.log import KernelLog
 from amig.errors import AmigError, BootError, HostError, KvmError, Refused, UsageError, VerifyFailed
 from amig.host import boot_linux, boot_pvh, elf, kvm_board, kvm_state, platform
 from amig.host.boot import BootConfig, BootPlan, read_image
@@ -85,7 +86,7 @@ class KvmMachine:
         self._board = kvm_board.build(kvm, memory, model, vcpus)
         self._vm = self._board.vm
         try:
-            self.log = KvmLog(self._vm, initially_set=initially_set)
+            self.log: KernelLog = KvmLog(self._vm, initially_set=initially_set)
             self._com1 = Serial16550(irq=self._com1_interrupt, sink=sink)
             self._power = platform.PowerManagement()
             ports, mmio = PortBus(), MmioBus()

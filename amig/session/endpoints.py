@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from amig.control.client import SocketGuest
 from amig.errors import UsageError
 from amig.guest import Guest
-from amig.host.memory import MappedMemory
-from amig.host.names import resolve
+from amig.host.attach import open_guest
 from amig.policy import Policy
 from amig.session.destination import Destination
 from amig.session.peer import Peer
@@ -21,7 +19,7 @@ async def open_source(source: str) -> Guest:
         address = parse(source)
         assert isinstance(address, FileAddress)  # noqa: S101 - by its scheme
         return await SnapshotGuest.load(address.path)
-    return await SocketGuest.connect(resolve(source), map_memory=MappedMemory.from_fds)
+    return await open_guest(source, client="amig migrate")
 
 
 def open_destination(address: str, policy: Policy) -> Destination:

@@ -12,7 +12,6 @@ import contextlib
 import enum
 import hmac
 import secrets
-import socket
 import time
 from collections.abc import Callable
 
@@ -147,7 +146,7 @@ class Inbound:
             Welcome(
                 migration=message.migration,
                 name=self._name or message.name,
-                identity=f"{identity} on {socket.gethostname()}",
+                identity=identity,
                 token=token,
                 features=features,
                 streams=streams,

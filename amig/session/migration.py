@@ -7,7 +7,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 
 from amig.control.messages import Progress as ShownProgress
@@ -18,13 +17,9 @@ from amig.policy import Limits, Policy
 from amig.session.destination import Destination
 from amig.session.endpoints import open_destination, open_source
 from amig.session.events import EventStream
+from amig.session.release import RELEASE
 from amig.session.source import SourceSession
 from amig.transport.rate import RateLimiter
-
-try:
-    RELEASE = version("amig")
-except PackageNotFoundError:  # run from a copy of the source
-    RELEASE = "0"
 
 
 class Migration:

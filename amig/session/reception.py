@@ -1,0 +1,157 @@
+"""`Reception`: waits for a guest and runs it; all of ``amig receive``, as a service embeds it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+
+from amig.errors import AmigError, PeerError, UsageError
+from amig.host.hosted import Ended, How
+from amig.host.kvm_machine import KvmMachine
+from amig.host.local import Builder
+from amig.host.relay import Sink
+from amig.host.service import HostService
+from amig.session.inbound import Inbound, Phase
+from amig.session.release import RELEASE
+from amig.session.restore import restore
+from amig.sim.guest import SimMachine
+from amig.transport import Connection, Listener, listen
+
+_log = logging.getLogger(__name__)
+
+
+def builders(service: HostService, *, hugepages: bool = False) -> Mapping[str, Builder]:
+    """Return what builds the machine of an arriving guest, by engine."""
+    sink = service.console.write
+    return {
+        "kvm": partial(KvmMachine.build_like, hugepages=hugepages, sink=sink),
+        "simulator": partial(SimMachine.build_like, hugepages=hugepages, serial=sink),
+    }
+
+
+class Reception:
+    """Hosts the guest that arrives at an address.
+
+    ::
+
+        async with amig.Reception("tcp://0.0.0.0:7000", name="web1") as reception:
+            print(reception.address)            # with the real port
+            await reception.arrived()           # it runs here
+            ended = await reception.ended()     # it was switched off, stopped, or moved on
+
+    From entering to leaving the name is taken and its control socket answers, with state ``incoming`` at first. An
+    attempt that fails is discarded and the next one is waited for; with ``once`` it is raised. Leaving the block stops
+    the guest if it runs.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        name: str,
+        sinks: tuple[Sink, ...] = (),
+        once: bool = False,
+        hugepages: bool = False,
+        workers: int = 1,
+        on_phase: Callable[[Phase], None] = lambda _: None,
+        on_failure: Callable[[AmigError], None] = lambda _: None,
+    ) -> None:
+        """``workers`` threads decompress; ``on_failure`` hears of attempts that failed."""
+        self._where = address
+        self._name = name
+        self._sinks = sinks
+        self._once = once
+        self._hugepages = hugepages
+        self._workers = workers
+        self._on_phase = on_phase
+        self._on_failure = on_failure
+        self._listener: Listener | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self.service = HostService(name, sinks=sinks)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the real port."""
+        if self._listener is None:
+            raise UsageError("enter the reception first: async with amig.Reception(…) as reception")
+        return self._listener.address
+
+    async def __aenter__(self) -> Reception:
+        await self.service.__aenter__()
+        try:
+            self._listener = await listen(self._where)
+        except BaseException as error:
+            await self.service.__aexit__(type(error), error, error.__traceback__)
+            raise
+        self._serving = asyncio.create_task(self._serve(self._listener), name=f"amig-reception-{self._name}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._serving is not None  # noqa: S101 - entered
+        assert self._listener is not None  # noqa: S101 - entered
+        self._serving.cancel()
+        try:
+            await asyncio.wait([self._serving])
+        finally:
+            await self._listener.close()
+            await self.service.__aexit__(kind, error, trace)
+
+    async def arrived(self) -> None:
+        """Wait until a guest runs here. Raises the attempt's error with ``once``, else waits for the next attempt."""
+        assert self._serving is not None  # noqa: S101 - entered
+        await asyncio.wait([self._serving])
+        self._serving.result()
+
+    async def ended(self) -> Ended:
+        """Wait until the guest that arrived has ended. A guest that FAILED raises its error."""
+        await self.arrived()
+        ended = await self.service.ended()
+        if ended.how is How.FAILED and ended.error is not None:
+            raise ended.error
+        return ended
+
+    async def _serve(self, listener: Listener) -> None:
+        while True:
+            connection = await listener.accept()
+            try:
+                await self._attempt(connection, listener)
+            except AmigError as error:
+                self._on_failure(error)
+                if self._once:
+                    raise
+                _log.warning("a migration to %s failed, waiting for the next: %s", self._name, error)
+            else:
+                await listener.close()
+                return
+
+    async def _attempt(self, connection: Connection, listener: Listener) -> None:
+        inbound = Inbound(
+            connection,
+            listener,
+            self.service.incoming(builders(self.service, hugepages=self._hugepages)),
+            release=RELEASE,
+            name=self._name,
+            workers=self._workers,
+            on_phase=self._on_phase,
+        )
+        try:
+            await inbound.run()
+        except (OSError, ValueError) as error:
+            raise PeerError(f"the migration failed here: {error}") from error
+        finally:
+            with contextlib.suppress(AmigError):
+                await inbound.close()
+
+
+async def restore_here(service: HostService, path: str, *, hugepages: bool = False, workers: int = 1) -> None:
+    """Fill the service's guest from a snapshot and run it: all of ``amig run NAME --restore file:PATH``."""
+    incoming = service.incoming(builders(service, hugepages=hugepages))
+    hello = await restore(path, incoming, name=service.name, workers=workers)
+    await incoming.commit(hello.migration)
+    await incoming.run()
