@@ -36,6 +36,7 @@ def bad_kvm() -> Iterator[Kvm]:
 def bad_vm() -> Iterator[Vm]:
     with Vm(null(), vcpu_mmap_size=4096, msr_indices=()) as vm:
         vm._regions[0] = Region(slot=0, guest_phys=0, size=64 * 4096, host_addr=0, flags=0)
+        vm.has_irqchip = True
         yield vm
 
 

@@ -58,14 +58,14 @@ def test_initially_set_marks_every_page_when_logging_starts() -> None:
     with TinyGuest(manual=True) as guest:
         assert guest.protect is ManualProtect.ENABLE | ManualProtect.INITIALLY_SET
         guest.log()
-        assert guest.dirty()[: guest.pages] == list(range(guest.pages))
+        assert guest.dirty() == [page for page in range(guest.pages) if page != CODE >> 12]
         guest.clear(list(range(guest.pages)))
         assert guest.dirty() == []
         guest.write(9)
         assert guest.dirty() == [9]
         guest.log(False)
         guest.log()
-        assert len(guest.dirty()) == guest.pages
+        assert len(guest.dirty()) == guest.pages - 1
 
 
 def test_without_manual_mode_reading_clears() -> None:
@@ -172,7 +172,7 @@ def test_the_board() -> None:
     with Kvm.open() as kvm, kvm.create_vm() as vm:
         vm.set_tss_addr(0xFFFB_D000)  # above 0x7fffffff: refused by fcntl.ioctl
         vm.set_identity_map_addr(0xFFFB_C000)
-        with pytest.raises(KvmError, match=r"KVM_CREATE_PIT2 failed: ENOENT .*before the timer"):
+        with pytest.raises(UsageError, match="before the timer"):
             vm.create_pit2()
         vm.create_irqchip()
         vm.create_pit2()
@@ -234,12 +234,12 @@ def test_the_dirty_ring_names_written_pages_and_protects_them_again_when_reset()
         for page in (7, 9, 7):
             guest.write(page)
         taken = ring.harvest()
-        assert set(taken["offset"].tolist()) == {7, 9}  # the kernel may name a page twice
+        assert set(taken["offset"].tolist()) - {1} == {7, 9}  # the kernel may name a page twice, and the code's
         assert set(taken["slot"].tolist()) == {0}
         assert len(ring.harvest()) == 0
         assert guest.vm.reset_dirty_rings() == len(taken)
         guest.write(7, 3)
-        assert ring.harvest()["offset"].tolist() == [7]
+        assert set(ring.harvest()["offset"].tolist()) - {1} == {7}
         with pytest.raises(KvmError, match=r"KVM_GET_DIRTY_LOG failed: ENXIO .*harvest the ring"):
             guest.dirty()
 
@@ -262,7 +262,7 @@ def test_a_full_ring_ends_the_run() -> None:
                 assert guest.vm.reset_dirty_rings() > 0
         seen += ring.harvest()["offset"].tolist()
         assert full
-        assert set(seen) == set(range(2, 256))
+        assert set(seen) - {1} == set(range(2, 256))
 
 
 @pytest.mark.parametrize("size", [0, 2048, 65536 + 16, 1 << 40])

@@ -42,7 +42,6 @@ _SPECIAL: dict[tuple[int, int], str] = {
     (Request.KVM_CREATE_VCPU, errno.EINVAL): "the index is above this KVM's limit: use fewer vCPUs",
     (Request.KVM_CREATE_IRQCHIP, errno.EEXIST): "create the interrupt controllers once, before the vCPUs",
     (Request.KVM_CREATE_IRQCHIP, errno.EINVAL): "create the interrupt controllers before the vCPUs",
-    (Request.KVM_CREATE_PIT2, errno.ENOENT): "create the interrupt controllers before the timer",
     (Request.KVM_CREATE_PIT2, errno.EEXIST): "the timer exists already",
     (Request.KVM_SET_USER_MEMORY_REGION, errno.EEXIST): "the region overlaps another slot's guest addresses",
     (Request.KVM_SET_USER_MEMORY_REGION, errno.EINVAL): (

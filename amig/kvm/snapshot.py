@@ -1,7 +1,8 @@
 """Take the state of a resting vCPU or VM, and give it to another one: which calls, in which order.
 
 Clock policy: **freeze**. The TSC and the KVM clock go on from the values they had when the guest was stopped, so that
-by its own clocks the guest missed nothing; its wall clock is behind by the downtime until NTP puts that right.
+by its own clocks the guest missed nothing; its wall clock is behind by the downtime until NTP puts that right. All
+vCPUs share the TSC of the one restored first, as they did at the source.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def restore_vcpu(vcpu: Vcpu, vm: Vm, state: VcpuState) -> None:
     vcpu.set_debugregs(KvmDebugregs.from_blob(state.debugregs))
     if state.lapic is not None:
         vcpu.set_lapic(KvmLapicState.from_blob(state.lapic))
-    _restore_msrs(vcpu, dict(state.msrs))
+    _restore_msrs(vcpu, vm, dict(state.msrs))
     vcpu.set_vcpu_events(KvmVcpuEvents.from_blob(state.events))
     vcpu.kvmclock_ctrl()
 
@@ -130,11 +131,17 @@ def _check_tsc(vcpu: Vcpu, vm: Vm, khz: int) -> None:
         )
 
 
-def _restore_msrs(vcpu: Vcpu, saved: dict[int, int]) -> None:
+def _restore_msrs(vcpu: Vcpu, vm: Vm, saved: dict[int, int]) -> None:
     """Write the MSRs that differ from what this vCPU has: those that can't be written hold the value already."""
     current, _ = vcpu.get_msrs([index for index in saved if index not in _TIME_MSRS])
     plain = [(i, value) for i, value in saved.items() if i not in _TIME_MSRS and current.get(i, 0) != value]
     time = [(index, saved[index]) for index in _TIME_MSRS if index in saved]
+    if not vm.tsc_restored and MSR_IA32_TSC in saved:
+        # A TSC written within a second of where the VM's TSC stands (before Linux 6.7 since the VM's creation) is taken
+        # for an attempt to synchronize, and set to that instead: the guest's TSC could step back by a second. So the
+        # VM's first vCPU goes far away first. The others are meant to be synchronized with it.
+        vcpu.set_msrs([(MSR_IA32_TSC, saved[MSR_IA32_TSC] ^ 1 << 62)])
+        vm.tsc_restored = True
     refused = vcpu.set_msrs(plain + time)
     if refused:
         listed = ", ".join(f"{index:#x} (to {saved[index]:#x})" for index in refused)

@@ -66,6 +66,8 @@ class Vm(DirtyLogCalls, Handle):
         """The MSRs that the kernel lists as a vCPU's state."""
         self.ring_bytes = 0
         """Size of each vCPU's dirty ring; 0 when dirty pages are logged by bitmap."""
+        self.tsc_restored = False
+        """Whether a vCPU's saved TSC has been set; the others then follow it (see ``snapshot``)."""
         self.has_irqchip = False
         self.has_pit = False
         self._regions: dict[int, Region] = {}
@@ -206,6 +208,8 @@ class Vm(DirtyLogCalls, Handle):
 
     def create_pit2(self, *, speaker: bool = True) -> None:
         """The i8254 timer in the kernel, after `create_irqchip`; ``speaker`` also answers port 0x61 (api.rst 4.71)."""
+        if not self.has_irqchip:  # not every kernel checks
+            raise UsageError("create the interrupt controllers before the timer")
         self._set(Request.KVM_CREATE_PIT2, KvmPitConfig(flags=PIT_SPEAKER_DUMMY if speaker else 0))
         self.has_pit = True
 
