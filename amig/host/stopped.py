@@ -65,10 +65,10 @@ def describe(vcpu: Vcpu, reason: ExitReason, read_memory: MemoryReader | None = 
         case ExitReason.HLT:
             kind, text = StopReason.HALTED, "it executed HLT, and without interrupt controllers nothing can wake it"
         case ExitReason.SHUTDOWN:
-            kind, text = (
-                StopReason.SHUTDOWN,
-                "triple fault: an exception could not be delivered (some guests reboot so)",
-            )
+            kind = StopReason.SHUTDOWN
+            text = "triple fault: an exception could not be delivered (some guests reboot so)"
+            if _was_reset(vcpu):
+                text += "; this processor reset the registers before they could be read"
         case ExitReason.FAIL_ENTRY:
             number = exit_.fail_entry.hardware_entry_failure_reason
             kind = StopReason.FAIL_ENTRY
@@ -80,6 +80,14 @@ def describe(vcpu: Vcpu, reason: ExitReason, read_memory: MemoryReader | None = 
         case _:
             text = f"KVM left the guest for a reason that amig does not handle ({vcpu.exit_number()}, {reason.name})"
     return Stopped(index=vcpu.index, reason=kind, text=text, registers=dump_registers(vcpu))
+
+
+def _was_reset(vcpu: Vcpu) -> bool:
+    """Whether the vCPU stands at the reset vector: kvm_amd resets it on a triple fault (APM vol. 2, 15.14.3)."""
+    try:
+        return vcpu.get_regs().rip == 0xFFF0
+    except AmigError:
+        return False
 
 
 def _internal_error(vcpu: Vcpu, read_memory: MemoryReader | None) -> str:
