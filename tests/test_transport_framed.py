@@ -51,6 +51,7 @@ class Tape:
 
     async def send(self, *buffers):
         for buffer in buffers:
+            await asyncio.sleep(0)  # as a connection that has to wait
             self.content += memoryview(buffer).cast("B") if memoryview(buffer).nbytes else b""
 
     async def recv_into(self, *views):

@@ -26,14 +26,15 @@ class Connection(Protocol):
     async def send(self, *buffers: Buffer) -> None:
         """Send all buffers, gathered in order; the caller may reuse them once this has returned.
 
-        Raises `LinkLost`. Cancelled in the middle, it leaves the connection unusable: the peer has a part.
+        Raises `LinkLost`. Cancelled in the middle, it leaves nothing more to be sent here, since the peer has a part;
+        what the peer sent can still be received.
         """
 
     async def recv_into(self, *views: Buffer) -> None:
         """Fill all views, in order and to the last byte.
 
-        Raises `LinkLost`, which says how much came, when the peer ends the stream before that. Cancelled in the middle
-        it leaves the connection unusable; cancelled before the first byte it has done nothing.
+        Raises `LinkLost`, which says how much came, when the peer ends the stream before that. Cancelled in the middle,
+        it leaves nothing more to be received here; cancelled before the first byte, it has done nothing.
         """
 
     def outstanding(self) -> int | None:

@@ -50,7 +50,7 @@ class SocketListener:
         while not self._closed:
             try:
                 sock, name = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 await self._wait()
             except OSError as err:
                 if err.errno in _FULL:

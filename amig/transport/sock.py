@@ -42,7 +42,9 @@ class SocketConnection:
         self._loop = asyncio.get_running_loop()
         self._sent = 0
         self._received = 0
-        self._broken = ""
+        # Each way breaks on its own: a peer that closed may have said why, and that waits to be read.
+        self._send_broken = ""
+        self._recv_broken = ""
         self._sending = False
         self._receiving = False
         self._waiting: set[asyncio.Future[None]] = set()
@@ -68,15 +70,15 @@ class SocketConnection:
         """Send all buffers, gathered in order; see `Connection.send`."""
         if self._sending:
             raise RuntimeError("two tasks send on one connection at the same time")
-        self._usable()
+        self._usable(self._send_broken)
         self._sending = True
         before = self._sent
         try:
             for at in range(0, len(buffers), IOV_MAX):
                 await self._send_some(list(buffers[at : at + IOV_MAX]))
-        except BaseException as err:
-            if self._sent != before or not isinstance(err, asyncio.CancelledError):
-                self._broken = self._broken or "a message to it was cut off"
+        except BaseException:
+            if self._sent != before:
+                self._send_broken = self._send_broken or "a message to it was cut off"
             raise
         finally:
             self._sending = False
@@ -85,7 +87,7 @@ class SocketConnection:
         """Fill all views, in order and to the last byte; see `Connection.recv_into`."""
         if self._receiving:
             raise RuntimeError("two tasks receive on one connection at the same time")
-        self._usable()
+        self._usable(self._recv_broken)
         self._receiving = True
         before = self._received
         try:
@@ -94,16 +96,16 @@ class SocketConnection:
             else:
                 for at in range(0, len(views), IOV_MAX):
                     await self._scatter([_flat(v) for v in views[at : at + IOV_MAX]])
-        except BaseException as err:
-            if self._received != before or not isinstance(err, asyncio.CancelledError):
-                self._broken = self._broken or "a message from it was cut off"
+        except BaseException:
+            if self._received != before:
+                self._recv_broken = self._recv_broken or "a message from it was cut off"
             raise
         finally:
             self._receiving = False
 
     def outstanding(self) -> int | None:
         """Bytes sent that the peer's kernel has not acknowledged (TCP_INFO); None for a unix socket."""
-        if not self._tcp or self._broken:
+        if not self._tcp or self._fd < 0:
             return None
         info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
         if len(info) < 128:
@@ -117,7 +119,7 @@ class SocketConnection:
         Closing with unread data would make the kernel send a reset, which throws away what the peer has not read yet:
         our last message, which says why. So what still comes is read and dropped. Cancelled, it aborts.
         """
-        if not self._broken:
+        if not self._send_broken:
             try:
                 self._sock.shutdown(socket.SHUT_WR)
                 async with asyncio.timeout(LINGER):
@@ -132,14 +134,16 @@ class SocketConnection:
         """Drop the connection at once; whoever waits on it gets `LinkLost`."""
         if self._fd < 0:
             return
-        self._broken = self._broken or "it was closed on this side"
+        closed = "it was closed on this side"
+        self._send_broken = self._send_broken or closed
+        self._recv_broken = self._recv_broken or closed
         self._forget(self._loop.remove_reader)
         self._forget(self._loop.remove_writer)
         self._fd = -1
         self._sock.close()
         for waiter in self._waiting:
             if not waiter.done():
-                waiter.set_exception(self._gone())
+                waiter.set_exception(self._gone(closed))
 
     async def _send_some(self, buffers: list[Buffer]) -> None:
         left = sum([memoryview(b).nbytes for b in buffers])
@@ -149,10 +153,9 @@ class SocketConnection:
             except BlockingIOError:
                 await self._writable()
                 continue
-            except InterruptedError:
-                continue
             except OSError as err:
-                raise self._lost(err) from err
+                self._send_broken = self._send_broken or _why(err)
+                raise self._gone(self._send_broken) from err
             self._sent += took
             left -= took
             if not left:
@@ -170,10 +173,9 @@ class SocketConnection:
             except BlockingIOError:
                 await self._readable()
                 continue
-            except InterruptedError:
-                continue
             except OSError as err:
-                raise self._lost(err) from err
+                self._recv_broken = self._recv_broken or _why(err)
+                raise self._gone(self._recv_broken) from err
             if not came:
                 raise self._ended(done, size)
             self._received += came
@@ -190,10 +192,9 @@ class SocketConnection:
             except BlockingIOError:
                 await self._readable()
                 continue
-            except InterruptedError:
-                continue
             except OSError as err:
-                raise self._lost(err) from err
+                self._recv_broken = self._recv_broken or _why(err)
+                raise self._gone(self._recv_broken) from err
             if not came:
                 raise self._ended(done, size)
             self._received += came
@@ -229,7 +230,8 @@ class SocketConnection:
         await self._wait(self._loop.add_reader, self._loop.remove_reader)
 
     async def _wait(self, add: Callable[..., object], remove: Callable[[int], object]) -> None:
-        self._usable()
+        if self._fd < 0:
+            raise self._gone(self._recv_broken)
         waiter = self._loop.create_future()
         self._waiting.add(waiter)
         add(self._fd, _wake, waiter)
@@ -246,21 +248,20 @@ class SocketConnection:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is watched any more
                 remove(self._fd)
 
-    def _usable(self) -> None:
-        if self._broken:
-            raise self._gone()
-
-    def _lost(self, err: OSError) -> LinkLost:
-        # Closed by ourselves while a task was about to use it: that is the reason, not the bad descriptor it met.
-        self._broken = self._broken or (os.strerror(err.errno) if err.errno else str(err))
-        return self._gone()
+    def _usable(self, broken: str) -> None:
+        if broken:
+            raise self._gone(broken)
 
     def _ended(self, done: int, size: int) -> LinkLost:
-        self._broken = self._broken or "the peer ended it"
+        self._recv_broken = self._recv_broken or "the peer ended it"
         return LinkLost(f"{self._peer} ended the connection: {done} of {size} bytes came")
 
-    def _gone(self) -> LinkLost:
-        return LinkLost(f"the connection to {self._peer} is lost: {self._broken}")
+    def _gone(self, why: str) -> LinkLost:
+        return LinkLost(f"the connection to {self._peer} is lost: {why}")
+
+
+def _why(err: OSError) -> str:
+    return os.strerror(err.errno) if err.errno else str(err)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -278,8 +279,6 @@ def _after(buffers: list[Buffer], took: int) -> list[Buffer]:
     for at, buffer in enumerate(buffers):
         size = memoryview(buffer).nbytes
         if took < size:
-            if not took:
-                return buffers[at:]
             return [_flat(buffer)[took:], *buffers[at + 1 :]]
         took -= size
     return []
