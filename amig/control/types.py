@@ -27,7 +27,7 @@ Id = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Short = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
-MigrationId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+MigrationId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 def _kebab(name: str) -> str:

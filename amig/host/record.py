@@ -56,7 +56,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     state: RecordState
     guest: Annotated[str, Meta(max_length=256)]
-    migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$|^$")] = ""
+    migration: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")] = ""
     destination: Annotated[str, Meta(max_length=1024)] = ""
     peer: Annotated[str, Meta(max_length=1024)] = ""
     written: float = 0.0
