@@ -110,8 +110,8 @@ def test_a_guest_restored_in_another_vm_is_equal_and_runs_on(source: TinyGuest, 
     target.memory[:] = source.memory[:]
     arrived_vcpu, arrived_vm = decode(encode(vcpu_state)), decode(encode(vm_state))
     assert arrived_vcpu == vcpu_state
-    restore_vm(target.vm, arrived_vm)
     restore_vcpu(target.vcpu, target.vm, arrived_vcpu)
+    restore_vm(target.vm, arrived_vm)
     again = save_vcpu(target.vcpu, target.vm)
     assert different(again, vcpu_state) == {}
     board = save_vm(target.vm)

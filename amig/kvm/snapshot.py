@@ -160,8 +160,9 @@ def save_vm(vm: Vm) -> VmState:
 
 
 def restore_vm(vm: Vm, state: VmState) -> None:
-    """Give ``vm``, whose controllers and timer exist and whose vCPUs rest, the saved state.
+    """Give ``vm``, whose controllers and timer exist, the saved state, after its vCPUs have theirs.
 
+    The IOAPIC may deliver a pending interrupt at once, which a local APIC restored later would forget.
     Raises VerifyFailed if it is broken or does not fit this VM, before any ioctl; KvmError where KVM refuses a part.
     """
     state.check()
