@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amig import bitmap
@@ -42,6 +42,7 @@ def as_set(words: Words) -> set[int]:
     return {i for i in range(words.size * 64) if int(words[i // 64]) >> (i % 64) & 1}
 
 
+@settings(deadline=None)
 @given(page_sets())
 def test_pages_go_in_and_come_out(case: tuple[int, set[int]]) -> None:
     size, pages = case
@@ -65,6 +66,7 @@ def test_popcount_without_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bitmap.popcount(words[::2]).tolist() == expected[::2]
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_ones_set_nothing_past_the_end(size: int) -> None:
     assert as_set(bitmap.ones(size)) == set(range(size))
@@ -79,6 +81,7 @@ def test_a_page_outside_is_refused() -> None:
         bitmap.from_pages([-1], 10)
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_ranges_need_no_alignment(case: tuple[int, set[int], int, int]) -> None:
     size, pages, first, count = case
@@ -94,6 +97,7 @@ def test_ranges_need_no_alignment(case: tuple[int, set[int], int, int]) -> None:
     assert as_set(words) == pages & inside
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_extract_moves_a_range_to_bit_0(case: tuple[int, set[int], int, int]) -> None:
     size, pages, first, count = case
@@ -106,6 +110,7 @@ def test_extract_moves_a_range_to_bit_0(case: tuple[int, set[int], int, int]) ->
     assert as_set(words) == pages
 
 
+@settings(deadline=None)
 @given(page_sets(), st.integers(0, 63), st.data())
 def test_spread_is_the_reverse_of_extract(case: tuple[int, set[int]], shift: int, data: st.DataObject) -> None:
     size, pages = case
@@ -117,6 +122,7 @@ def test_spread_is_the_reverse_of_extract(case: tuple[int, set[int]], shift: int
     assert as_set(bitmap.spread(make(size, pages), shift, count, out)) == as_set(moved)
 
 
+@settings(deadline=None)
 @given(ranges(), st.data())
 def test_a_range_is_merged_removed_or_replaced(case: tuple[int, set[int], int, int], data: st.DataObject) -> None:
     size, pages, first, count = case
@@ -134,6 +140,7 @@ def test_a_range_is_merged_removed_or_replaced(case: tuple[int, set[int], int, i
     assert as_set(source) == other
 
 
+@settings(deadline=None)
 @given(page_sets(), st.integers(0, 100))
 def test_runs_are_maximal(case: tuple[int, set[int]], first: int) -> None:
     size, pages = case
@@ -164,6 +171,7 @@ def cut_cases(draw: st.DrawFn) -> tuple[int, set[int], int, int | None]:
     return size, pages, limit, draw(st.one_of(st.none(), st.integers(1, 1000)))
 
 
+@settings(deadline=None)
 @given(cut_cases())
 def test_cut_keeps_its_promises(case: tuple[int, set[int], int, int | None]) -> None:
     size, pages, limit, span = case
@@ -190,6 +198,7 @@ def test_cut_keeps_its_promises(case: tuple[int, set[int], int, int | None]) -> 
     assert covered == pages
 
 
+@settings(deadline=None)
 @given(page_sets(), st.integers(64, 300))
 def test_cut_fills_ranges_as_far_as_the_limit_allows(case: tuple[int, set[int]], limit: int) -> None:
     size, pages = case

@@ -498,8 +498,10 @@ def test_rule_5_the_cache_dies_with_its_slot(strategy: str) -> None:
     log.guest_write(0, [8])
     users[0].sync()  # C has 8
     changed(hub, log, memory_map(slot(0, 0, 0, 300, 1 << 40), generation=2), 0)
-    for user in users:
-        take_all(user, hub)
+    clears = len(log.named("clear"))
+    assert take_all(users[1], hub) == list(range(300))
+    assert strategy == "exact" or len(log.named("clear")) == clears, "nothing is known of the new slot yet"
+    take_all(users[0], hub)
     log.guest_write(0, [8])
     users[1].give_back(0, 0, bitmap.from_pages([8], 64))
     take_all(users[1], hub)  # must not clear a bit that the first user has never seen
@@ -645,6 +647,35 @@ def test_status_shows_users_and_what_they_are_owed() -> None:
     log.guest_write(0, [1, 2])
     first.sync()
     assert [(user.name, user.pending, user.taken) for user in hub.users] == [("first", 2, 300), ("user 1", 300, 0)]
+
+
+def test_a_take_is_one_step_for_everybody_else() -> None:
+    log, hub, (first, second) = one_slot(users=2)
+    calls: list[Callable[[], object]] = [
+        lambda: hub.mark(0, 0, 1),
+        second.sync,
+        lambda: second.take_and_clear(0, 0, 64, 1),
+        lambda: second.give_back(0, 0, bitmap.ones(64)),
+        lambda: hub.users,
+        lambda: hub.open("third"),
+        second.close,
+    ]
+    threads = [threading.Thread(target=call) for call in calls]
+    alive: list[bool] = []
+
+    def meanwhile() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(0.02)  # one that is let in would be through long before
+        alive.extend(thread.is_alive() for thread in threads)
+        log.before_clear = lambda: None
+
+    log.before_clear = meanwhile
+    assert len(pages_of(first.take_and_clear(0, 0, 64, 1))) == 64
+    for thread in threads:
+        thread.join()
+    assert alive == [True] * len(calls)
 
 
 def test_users_in_threads_lose_nothing() -> None:

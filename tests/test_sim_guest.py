@@ -270,14 +270,25 @@ def test_a_running_machine_is_not_saved(make: Make) -> None:
         machine.save()
 
 
-def test_the_clock_goes_on_where_it_was_saved(make: Make) -> None:
-    source = run(make())
-    source.pause()
-    state, saved = source.save(), source.tsc()
-    threading.Event().wait(0.2)
+def test_the_clock_goes_on_where_it_was_saved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 5_000
+
+        @classmethod
+        def monotonic_ns(cls) -> int:
+            return cls.now
+
+    monkeypatch.setattr("amig.sim.guest.time", Clock)
+    source = make()
+    Clock.now += 70
+    assert source.tsc() == 70
+    state = source.save()
+    Clock.now += 1000
     destination = like(source)
     destination.load(state)
-    assert destination.tsc() - saved < 200_000_000
+    assert destination.tsc() == 70
+    Clock.now += 5
+    assert (destination.tsc(), source.tsc()) == (75, 1075)
     destination.close()
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amig import bitmap
@@ -158,6 +158,7 @@ def test_slots_come_and_go() -> None:
         log.stop(1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(

@@ -48,10 +48,17 @@ class LogUser(Protocol):
     """One user's view of the hub: its own pending bits at its own pace. Thread-safe; calls block."""
 
     def sync(self) -> dict[int, Words]:
-        """GET, hand the bits to every user, and return a copy of this user's pending bits by region."""
+        """GET, hand the bits to every user, and return a copy of this user's pending bits by region.
+
+        The arrays are the caller's until this user's next ``sync``.
+        """
 
     def take_and_clear(self, region: int, first: int, count: int, generation: int) -> Words:
-        """Take the pending bits of a range and clear in the kernel what the strategy allows, as one atomic step."""
+        """Take the pending bits of a range and clear in the kernel what the strategy allows, as one atomic step.
+
+        The range needs no alignment; bit 0 of the result is page ``first``. ``generation`` is that of the memory map
+        which the caller goes by (design rule 5).
+        """
 
     def give_back(self, region: int, first: int, taken: Words) -> None:
         """Return bits that were taken but not delivered."""
