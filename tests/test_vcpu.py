@@ -15,6 +15,7 @@ from amig.host.exits import KICK_SIGNAL, GuestStop, MmioBus, PortBus, WaitPort
 from amig.host.stopped import EMULATION_HINT, Stopped, StopReason, translate
 from amig.host.vcpu import State, VcpuThread
 from amig.kvm.abi_numbers import ExitReason
+from amig.kvm.abi_run import EXIT_AT, IO_EXIT, IO_OUT
 from amig.kvm.abi_vcpu import KvmSregs
 from amig.kvm.vcpu import Vcpu
 from tests.conftest import standard_kvm
@@ -124,6 +125,22 @@ def test_string_instructions_are_served_element_by_element(rig: Callable[..., Ri
     assert writes == b"hello"
     assert [size for _, size, value in r.device.values if value == -1] == [2, 2, 2]
     assert r.guest.memory[0x3100:0x3108] == b"\xef\xbe\xef\xbe\xef\xbe\0\0"
+
+
+@pytest.mark.parametrize(("direction", "size"), [(IO_OUT, 1), (IO_OUT, 4), (0, 2)])
+def test_an_exit_with_several_elements_is_served_whole(rig: Callable[..., Rig], direction: int, size: int) -> None:
+    r = rig(HALT)  # today's kernels do so for INS only; their interface allows it for both
+    page = r.guest.vcpu.run_page
+    IO_EXIT.pack_into(page, EXIT_AT, direction, size, 0x81, 3, 4096)
+    data = b"".join(value.to_bytes(size, "little") for value in (7, 8, 9))
+    page[4096 : 4096 + len(data)] = data
+    r.device.answer = 5
+    r.thread._serve_io(page)
+    if direction == IO_OUT:
+        assert r.device.values == [(1, size, 7), (1, size, 8), (1, size, 9)]
+    else:
+        assert r.device.values == [(1, size, -1)] * 3
+        assert page[4096 : 4096 + len(data)] == (5).to_bytes(size, "little") * 3
 
 
 def test_memory_mapped_accesses_are_served(rig: Callable[..., Rig]) -> None:
