@@ -162,8 +162,9 @@ class HostedGuest:
     def require(self, what: str, *states: RunState) -> None:
         """Raise `ControlError` (``wrong-state``) unless the guest is in one of ``states``."""
         if self.state not in states:
+            why = f" ({self.reason})" if self.reason else ""
             raise ControlError(
-                f"guest {self.name} is {self.state}; to {what} it would have to be {' or '.join(states)}",
+                f"guest {self.name} is {self.state}{why}; to {what} it would have to be {' or '.join(states)}",
                 code="wrong-state",
             )
 
