@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -110,10 +112,8 @@ def test_what_is_no_request_is_refused(message: object) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     for decode in (m.decode_request, m.decode_from_host):
-        try:
+        with contextlib.suppress(ControlError):  # anything else would end the host's connection with a traceback
             decode(data)
-        except ControlError as error:
-            assert error.code == "malformed"
 
 
 def test_deep_nesting_is_refused() -> None:

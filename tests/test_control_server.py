@@ -197,9 +197,9 @@ async def test_messages_that_are_none_are_named_and_end_the_connection(host: Hos
 
 async def test_descriptors_that_nobody_asked_for_are_closed(host: Host) -> None:
     raw = Raw(host.path)
-    with open("/dev/null", "rb") as file:
+    with socket.socket() as surprise:
         before = open_files()
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("8i", *[file.fileno()] * 8))]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("8i", *[surprise.fileno()] * 8))]
         payload = msgspec.msgpack.encode(HELLO)
         raw.sock.sendmsg([struct.pack("<I", len(payload)) + payload], ancillary)
         assert await raw.closed()
@@ -255,7 +255,8 @@ async def test_what_is_out_of_turn_is_refused_and_the_connection_lives(
 
 
 @pytest.mark.parametrize(
-    ("region", "first", "words"), [(0, 0, b""), (0, 0, b"1234567"), (9, 0, bytes(8)), (0, 2**62, bytes(8)), (0, 1, bytes(8))]
+    ("region", "first", "words"),
+    [(0, 0, b""), (0, 0, b"1234567"), (9, 0, bytes(8)), (0, 2**62, bytes(8)), (0, 1, bytes(8))],
 )
 async def test_bits_of_nowhere_can_not_be_given_back(host: Host, region: int, first: int, words: bytes) -> None:
     link = await Link.connect(host.path)

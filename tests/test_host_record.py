@@ -227,6 +227,10 @@ def test_running_is_said_once_and_for_all(tmp_path: Path) -> None:
     records = Records(tmp_path)
     arrival = records.arriving("web1")
     arrival.run(ID)
+    arrival.run(ID)
+    with pytest.raises(ControlError):
+        arrival.discard(ID)
+    assert records.outcome(ID) is Outcome.RUNNING
     arrival.close()
     assert records.outcome(ID) is Outcome.RUNNING
     late = records.arriving("web1")

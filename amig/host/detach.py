@@ -80,6 +80,8 @@ def start_detached(
                     (os.POSIX_SPAWN_OPEN, 1, os.fspath(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
                     (os.POSIX_SPAWN_DUP2, 1, 2),
                     (os.POSIX_SPAWN_DUP2, writer, 3),
+                    # what a shell or a test runner left open would keep their pipes from ending
+                    *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
                 ],
                 setsid=True,
             )
@@ -101,6 +103,16 @@ def start_detached(
         os.close(reader)
         if writer >= 0:
             os.close(writer)
+
+
+def _inheritable() -> list[int]:
+    """Return the descriptors above 3 that a child would inherit."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed the directory is gone
+            if int(name) > 3 and os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 def _wait(reader: int, timeout: float) -> Ready | None:

@@ -172,6 +172,10 @@ class ArrivalRecord:
 
     def _publish(self, migration: str, state: RecordState) -> None:
         target = self._records.destination_path(migration)
+        if self.published is not None:  # the published name is a link to this very file: it must not be written again
+            if self.published is not state:
+                raise ControlError(f"migration {migration} is already {self.published} here", code="wrong-state")
+            return
         self._file.write(Record(state=state, guest=self._name, migration=migration))
         try:
             os.link(self._file.path, target)  # whoever is first decides: a link never replaces
