@@ -91,7 +91,7 @@ def prepare(vcpus: Sequence[Vcpu], entries: Sequence[Entry | None]) -> None:
         # Write-back memory by default, so that a kernel trusts its page attribute table; older KVMs refuse the first.
         vcpu.set_msrs([(_MSR_MISC_ENABLE, _FAST_STRING), (_MSR_MTRR_DEFAULT, _MTRR_WRITE_BACK)])
         if entry is not None:
-            _enter(vcpu, entry)
+            enter(vcpu, entry)
             vcpu.set_mp_state(MpState.RUNNABLE)
 
 
@@ -103,13 +103,15 @@ def _segment(*, selector: int, type_: int, long: bool = False, system: bool = Fa
     )  # fmt: skip
 
 
-def _enter(vcpu: Vcpu, entry: Entry) -> None:
+def enter(vcpu: Vcpu, entry: Entry, *, idt: int = 0, idt_limit: int = 0) -> None:
+    """Set the registers that ``entry`` asks for."""
     long = entry.mode is Mode.LONG
     sregs: KvmSregs = vcpu.get_sregs()
     sregs.cs = _segment(selector=0x10, type_=_CODE, long=long)
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = _segment(selector=0x18, type_=_DATA)
     sregs.tr = _segment(selector=0, type_=_TSS, system=True)
     sregs.gdt.base, sregs.gdt.limit = entry.gdt, entry.gdt_limit
+    sregs.idt.base, sregs.idt.limit = idt, idt_limit
     sregs.cr0, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, 0
     if long:
         sregs.cr0 |= _CR0_PAGING

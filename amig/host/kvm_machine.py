@@ -14,6 +14,7 @@ from amig.host import boot_linux, boot_pvh, elf, kvm_board, kvm_state, platform
 from amig.host.boot import BootConfig, BootPlan, read_image
 from amig.host.exits import MmioBus, PortBus
 from amig.host.kvm_log import KvmLog
+from amig.host.kvm_probe import check_kernels_run
 from amig.host.memory import MemfdMemory
 from amig.host.serial import COM1_IRQ, Serial16550
 from amig.host.stopped import Stopped
@@ -105,7 +106,8 @@ class KvmMachine:
     def boot(cls, config: MachineConfig, boot: BootConfig, *, sink: Sink = _drop) -> KvmMachine:
         """Build a machine and load a kernel into it; ``resume`` starts it.
 
-        Raises `KvmUnavailable`, `BootError`, `UsageError`, `HostError` (no memory), with nothing left behind.
+        Raises `BootError`, also where this KVM can't run a Linux kernel, `KvmUnavailable`, `UsageError`, `HostError`
+        (no memory), with nothing left behind.
         """
         image = read_image(boot.kernel, "kernel")
         with Kvm.open() as kvm, contextlib.ExitStack() as undo:
@@ -117,7 +119,7 @@ class KvmMachine:
                 wait_port=config.wait_port, sink=sink, initially_set=config.initially_set,
             )  # fmt: skip
             undo.callback(machine.close)
-            machine._load_kernel(boot, image)
+            machine._load_kernel(kvm, boot, image)
             undo.pop_all()
         return machine
 
@@ -288,10 +290,11 @@ class KvmMachine:
             if stuck is not None:
                 raise stuck
 
-    def _load_kernel(self, boot: BootConfig, image: bytes) -> None:
+    def _load_kernel(self, kvm: Kvm, boot: BootConfig, image: bytes) -> None:
         if image.startswith(elf.MAGIC):
             plan = boot_pvh.load(self.memory, boot, image, vcpus=self.vcpus, tsc_khz=self._board.tsc_khz)
         elif boot_linux.is_linux(image):
+            check_kernels_run(kvm)
             plan = boot_linux.load(self.memory, boot, image, vcpus=self.vcpus)
         else:
             raise BootError(f"{boot.kernel} is neither an ELF image with a PVH note nor a Linux bzImage")
