@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line; ``amig.cli:main`` is the program."""
+
+from amig.cli.app import main
+
+__all__ = ["main"]
