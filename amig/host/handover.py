@@ -83,8 +83,8 @@ class Records:
             raise HostError(
                 f"guest {name} was handed over to {record.destination} ({record.peer or 'unnamed'}, migration "
                 f"{record.migration}), and this side was never told how it ended: it may be running there, so it is "
-                f"not started here. Look there (amig status). If it runs there: amig resolve {name} --running; if "
-                f"that host says it never will: amig resolve {name} --discarded"
+                f"not started here. Look there (amig status). If it runs there: amig resolve {name} --discard; if "
+                f"that host says it never will: amig resolve {name} --run-here"
             )
 
     def prepare(self, name: str, handover: Handover) -> SourceHandover:
