@@ -37,6 +37,7 @@ AnyRequest = (
     | rq.OperatorPause
     | rq.OperatorResume
     | rq.Stop
+    | rq.GuestAsk
     | rq.ConsoleAttach
     | rq.ConsoleInput
     | rq.ConsoleDetach
@@ -48,6 +49,7 @@ AnyFromHost = (
     | rp.LogIsOn
     | rp.Saved
     | rp.StatusIs
+    | rp.GuestAsked
     | rp.CancelRequested
     | rp.ConsoleOutput
     | rp.GuestEnded

@@ -74,6 +74,15 @@ class ControlClient:
         """Say how a committed handover ended; its id is ``status.in_doubt.migration``."""
         await self._link.ask(rq.Release(migration=migration, outcome=outcome))
 
+    async def ask_guest(self, what: rq.GuestWord) -> int:
+        """Ask amig's own guest image for something; returns the number that it will answer with in ``status.guest``.
+
+        Refused with ``wrong-state`` unless the guest runs, ``guest`` when it is another one.
+        """
+        reply, fds = await self._link.request(rq.GuestAsk(what=what), rp.GuestAsked)
+        close_all(fds)
+        return reply.number
+
     async def console(self, *, replay: bool = True) -> Console:
         """Attach to the guest's serial port; one stream a connection."""
         console = Console(self._link)

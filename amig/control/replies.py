@@ -115,6 +115,12 @@ class StatusIs(Reply, frozen=True, kw_only=True):
     guest: GuestProgress | None = None
 
 
+class GuestAsked(Reply, frozen=True, kw_only=True):
+    """The guest will answer with this number."""
+
+    number: U64
+
+
 class CancelRequested(Notice, frozen=True, kw_only=True):
     """An operator wants the migration of this connection cancelled."""
 

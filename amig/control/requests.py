@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -18,6 +18,8 @@ from amig.control.types import (
     Text,
 )
 from amig.guest import Outcome
+
+GuestWord = Literal["verify", "gap-reset"]
 
 
 class Hello(Request, frozen=True, kw_only=True):
@@ -128,6 +130,12 @@ class Stop(Request, frozen=True, kw_only=True):
     """Stop the guest and its host. Refused while a handover is in doubt, unless ``force``."""
 
     force: bool = False
+
+
+class GuestAsk(Request, frozen=True, kw_only=True):
+    """Ask amig's own guest image: ``verify`` its memory, or forget its longest gap; ``status`` tells when it has."""
+
+    what: GuestWord
 
 
 class ConsoleAttach(Request, frozen=True, kw_only=True):

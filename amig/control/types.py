@@ -10,7 +10,7 @@ from msgspec import Meta
 from amig.memory import MAX_REGIONS, MAX_SLOTS, MemoryMap, Region, Slot
 
 VERSION = 1
-FEATURES = frozenset({"take-socket", "migration-registry", "console"})
+FEATURES = frozenset({"take-socket", "migration-registry", "console", "guest-image"})
 """What this version of the protocol can do beyond its fixed part; a client may require any of them by name."""
 
 MAX_FRAME = 64 << 10
@@ -86,6 +86,16 @@ class GuestProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     passes: U64 = 0
     """Full passes of verification that every vCPU has made."""
     mismatches: U64 = 0
+    verify_done: U64 = 0
+    """The last number of `guest-ask` (``verify``) that every vCPU has answered."""
+    verify_pages: U64 = 0
+    """Pages verified by it, and"""
+    verify_mismatches: U64 = 0
+    """how many of them were wrong."""
+    gap_ack: U64 = 0
+    """The last number of `guest-ask` (``gap-reset``) that every vCPU has seen."""
+    gap_max_ns: U64 = 0
+    """Longest time that a vCPU's own clock saw it stand still since then."""
 
 
 class WireRegion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ from amig.host.machine import Machine
 from amig.host.vm_thread import VmThread
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Owner(Protocol):
@@ -274,6 +275,15 @@ class HostedGuest:
         if not self.ended.done():
             self.ended.set_result(ended)
         self.on_change()
+
+    async def while_running(self, what: str, call: Callable[[Machine], T]) -> T:
+        """Run ``call`` on the VM thread while the guest runs: no pause begins before it has returned.
+
+        For what writes guest memory: behind a migration's last sync a write would be lost. Raises `ControlError`.
+        """
+        async with self._turn:
+            self.require(what, RunState.RUNNING)
+            return await self.vm.call(call, self.machine)
 
     # --- an operator's pause -----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from amig.control.server import Answer, Outbox
 from amig.control.take import TakeServer
 from amig.control.waiting import finish
 from amig.errors import ControlError
+from amig.host.guest_image import ask_guest
 from amig.host.hosted import Ended, HostedGuest
 from amig.host.local import LocalGuest
 from amig.host.status import status
@@ -130,6 +131,8 @@ class HostSession:
                 await self._hosted.operator_resume()
             case rq.Stop():
                 await self._hosted.stop(force=request.force)
+            case rq.GuestAsk():
+                return Answer(rp.GuestAsked(id=request.id, number=await ask_guest(self._hosted, request.what)))
             case rq.ConsoleAttach():
                 self._console.attach(self.console_output, replay=request.replay)
             case rq.ConsoleInput():
