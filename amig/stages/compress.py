@@ -75,9 +75,7 @@ class Compress:
         extent = chunk.extent
         memory = self._memory.pages(extent.region)
         begin = time.monotonic_ns()
-        words = chunk.words
-        if extent.sparse:
-            words = self._without_holes(chunk)
+        words = chunk.words if extent.holes is None else self._without_holes(chunk, extent.holes)
         index = bitmap.to_pages(words, extent.first)
         zero = zero_pages(memory, index)
         read_ns = time.monotonic_ns() - begin
@@ -92,17 +90,17 @@ class Compress:
             await self._encode(block, buffer)
         self._stats.read_ns += read_ns
         self._stats.window.record(time.monotonic_ns() - chunk.cleared_ns)
-        if extent.sparse and self._spare is None:
-            await asyncio.sleep(0)
 
-    def _without_holes(self, chunk: Chunk) -> Words:
-        # Asked after the clear: a hole that is filled later is dirty again (design rule 1).
+    def _without_holes(self, chunk: Chunk, holes: Words) -> Words:
+        # Asked again now, after the clear: a hole that is filled later than this is dirty again (design rule 1). Only
+        # of what was a hole: looking for the end of data takes the kernel longer the more of it follows.
         extent = chunk.extent
-        present = bitmap.zeros(extent.count)
-        for first, count in self._memory.data_ranges(extent.region, extent.first, extent.count):
-            bitmap.set_range(present, first - extent.first, count)
-        self._stats.pages_holes += bitmap.count(chunk.words & ~present)
-        return chunk.words & present
+        still = chunk.words & holes
+        for first, count in zip(*bitmap.runs(still), strict=True):
+            for filled, pages in self._memory.data_ranges(extent.region, extent.first + int(first), int(count)):
+                bitmap.clear_range(still, filled - extent.first, pages)
+        self._stats.pages_holes += bitmap.count(still)
+        return chunk.words & ~still
 
     async def _encode(self, block: Block, buffer: Pages) -> None:
         stats = self._stats

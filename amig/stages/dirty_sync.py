@@ -140,23 +140,27 @@ class DirtySync:
 
     async def _emit(self, dirty: Mapping[int, Words]) -> None:
         sparse = self._sparse  # until one round has taken every hole's bit
-        ranges = {region: self._plan(region, words, sparse) for region, words in dirty.items()}
+        present = {region: self._present(region) for region in dirty} if sparse else {}
+        ranges = {region: self._plan(region, words, present.get(region)) for region, words in dirty.items()}
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned)
-        if await self._emit_extents(ranges, sparse):
+        if await self._emit_extents(ranges, present):
             self._sparse = False
         await self._out.send(RoundEnd(round=self._round), 0)
         self._round += 1
         self._stats.rounds = self._round
 
-    async def _emit_extents(self, ranges: Ranges, sparse: bool) -> bool:
+    async def _emit_extents(self, ranges: Ranges, present: Mapping[int, Words]) -> bool:
         """Put the extents out; returns False when time was up before the last."""
         for region, rows in ranges.items():
             for first, count, pages in rows.tolist():
                 if not self._paused and self._late():
                     return False
-                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, sparse=sparse)
+                holes = None
+                if region in present:
+                    holes = ~present[region][first // WORD_PAGES : -(-(first + count) // WORD_PAGES)]
+                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes)
                 await self._out.send(extent, extent.size)
         return True
 
@@ -164,18 +168,23 @@ class DirtySync:
         timeout = self._policy.timeout
         return timeout is not None and time.monotonic() - self._started >= timeout
 
-    def _plan(self, region: int, words: Words, sparse: bool) -> bitmap.Index:
+    def _present(self, region: int) -> Words:
+        """Return which pages of a region aren't holes now."""
+        pages = self._guest.info.memory.region(region).pages
+        present = bitmap.zeros(pages)
+        for first, count in self._guest.memory.data_ranges(region, 0, pages):
+            bitmap.set_range(present, first, count)
+        return present
+
+    def _plan(self, region: int, words: Words, present: Words | None) -> bitmap.Index:
         """Cut a region's dirty pages into extents: rows of (first, count, dirty)."""
         pages = self._guest.info.memory.region(region).pages
         limit = self._policy.chunk // PAGE_SIZE
         span = self._policy.chunk_span and self._policy.chunk_span // PAGE_SIZE
-        if not sparse:
+        if present is None:
             return bitmap.cut(words, 0, limit, span, pages=pages)
         # Holes are planned too, since their bits must be taken (design rule 6), but they cost nothing: an extent
         # reaches to where the next begins.
-        present = bitmap.zeros(pages)
-        for first, count in self._guest.memory.data_ranges(region, 0, pages):
-            bitmap.set_range(present, first, count)
         rows = bitmap.cut(words & present, 0, limit, span, pages=pages)
         if not len(rows):
             return np.array([[0, pages, 0]], np.int64)

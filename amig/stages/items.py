@@ -33,8 +33,8 @@ class Extent:
     count: int
     dirty: int
     """Pages known to be dirty in it when it was planned; a take may find more."""
-    sparse: bool
-    """Holes may lie in it: look for them after the clear, before reading."""
+    holes: Words | None = None
+    """Pages that were holes when it was planned; those that still are after the clear need no reading. None: none."""
 
     @property
     def size(self) -> int:
