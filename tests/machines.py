@@ -18,6 +18,7 @@ KEYBOARD_RESET = bytes.fromhex("b0fe e664 f4 ebfd")
 CF9_RESET = bytes.fromhex("baf90c0000 b006 ee f4 ebfd")
 POWER_OFF = bytes.fromhex("ba04060000 66b80034 66ef f4 ebfd")
 TRIPLE_FAULT = bytes.fromhex("0f011d00500000 0f0b")  # an empty interrupt table, then an invalid instruction
+NOT_EMULATED = bytes.fromhex("d905000000d0")  # a floating-point load from where no memory is
 SPIN = bytes.fromhex("ebfe")
 ECHO = bytes.fromhex("bafd030000 ec a801 74fb baf8030000 ec 3420 ee ebeb")  # COM1, polled, upper and lower case swapped
 
