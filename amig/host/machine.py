@@ -30,10 +30,13 @@ class Machine(Protocol):
         """Return what a destination needs to build the same machine, encoded; see ``build_like`` of the engine."""
 
     def resume(self) -> None:
-        """Let the vCPUs run."""
+        """Let the vCPUs run; nothing happens when they do, or when the guest has ended by itself."""
 
     def pause(self) -> None:
-        """Stop the vCPUs at an instruction boundary, pending port and MMIO exits completed."""
+        """Stop the vCPUs at an instruction boundary, pending port and MMIO exits completed; idempotent.
+
+        A guest that has ended by itself, before or meanwhile, counts as paused.
+        """
 
     def save(self) -> bytes:
         """Return vCPU, VM and device state; the machine must be paused."""
@@ -42,7 +45,7 @@ class Machine(Protocol):
         """Restore what ``save`` returned; checked against its schema first (`VerifyFailed`)."""
 
     def serial_input(self, data: bytes) -> None:
-        """Feed the console."""
+        """Feed the console; what its bounded buffer can't take is dropped."""
 
     def close(self) -> None:
         """Stop everything and give all resources back; idempotent."""
