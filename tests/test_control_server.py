@@ -10,6 +10,7 @@ import stat
 import struct
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -82,13 +83,15 @@ class Raw:
 
     async def hear(self) -> m.AnyFromHost:
         loop = asyncio.get_running_loop()
-        data = b""
-        while len(data) < 4 or len(data) < 4 + struct.unpack_from("<I", data)[0]:
+        data, wanted = b"", 4
+        while len(data) < wanted:
             async with asyncio.timeout(30):
-                part = await loop.sock_recv(self.sock, 1 if len(data) < 4 else 4 + struct.unpack_from("<I", data)[0])
+                part = await loop.sock_recv(self.sock, wanted - len(data))
             if not part:
                 raise EOFError
             data += part
+            if len(data) == 4:
+                wanted += struct.unpack("<I", data)[0]
         return m.decode_from_host(data[4:])
 
     async def closed(self) -> bool:
@@ -285,16 +288,45 @@ async def test_a_client_that_never_reads_does_not_fill_the_host(host: Host) -> N
     raw.say(HELLO)
     payload = msgspec.msgpack.encode({"type": "status", "id": 2})
     frame = struct.pack("<I", len(payload)) + payload
-    sent = 0
-    try:
-        while sent < 64 << 20:
+    sent = stuck = 0
+    while sent < 64 << 20 and stuck < 300:
+        try:
             sent += raw.sock.send(frame * 100)
-            await asyncio.sleep(0)
-    except BlockingIOError:
-        pass
-    await host.works()
+            stuck = 0
+        except BlockingIOError:
+            stuck += 1
+        await asyncio.sleep(0)
     assert sent < 32 << 20, "the host took requests whose answers nobody reads"
+    await host.works()
     raw.close()
+
+
+async def test_what_was_said_before_the_end_still_arrives(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with hosted_guest(tmp_path) as hosted:
+        console = ConsoleRelay(hosted)
+        async with AsyncExitStack() as server:
+            await server.enter_async_context(serving(hosted, path, console))
+            raw = Raw(path)
+            raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.say(HELLO)
+            raw.say({"type": "console-attach", "id": 2})
+            await until(lambda: console.attached == 1)
+            for _ in range(15):
+                console.write(bytes(16 << 10))
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(server.aclose())
+            await asyncio.sleep(0)
+            heard = 0
+            try:
+                while True:
+                    message = await raw.hear()
+                    heard += len(message.data) if isinstance(message, rp.ConsoleOutput) else 0
+            except EOFError:
+                pass
+            assert heard == 15 * (16 << 10)
+            await closing
+            raw.close()
 
 
 async def test_connections_are_limited_and_come_back(host: Host) -> None:

@@ -121,6 +121,25 @@ def test_the_users_directory_comes_before_the_temporary_one(monkeypatch: pytest.
     assert runtime_dir() == Path(f"/run/user/{os.geteuid()}/amig")
 
 
+def test_a_lock_on_a_file_that_was_just_removed_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    first = NameLock.take("web1")
+    flock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        first.close()  # between the other's open and its lock
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = NameLock.take("web1")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fspath(second.socket_path.parent.parent))
+    with pytest.raises(NameTaken):
+        NameLock.take("web1")
+    second.close()
+
+
 async def test_many_who_want_one_name(runtime: Path) -> None:
     def take() -> NameLock | None:
         try:

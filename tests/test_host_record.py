@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,23 @@ def test_where_records_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for unset in ("", "relative/path"):
         monkeypatch.setenv("XDG_STATE_HOME", unset)
         assert state_dir() == Path("/home/somebody/.local/state/amig")
+
+
+def test_a_write_is_on_the_disk_before_it_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("pwrite", "fdatasync"):
+        real = getattr(os, name)
+
+        def noted(*arguments: object, name: str = name, real: Callable[..., object] = real) -> object:
+            calls.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
+    file = RecordFile.open(path, create=True)
+    calls.clear()
+    file.write(record(RecordState.COMMITTED))
+    file.close()
+    assert calls == ["pwrite", "fdatasync"]
 
 
 # --- the source ------------------------------------------------------------------------------------------------------
