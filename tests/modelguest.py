@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from amig.dirty.hub import DirtyLogHub, HubUser
 from amig.guest import GuestInfo, Handover, LogStarted, Outcome, RunState
 from amig.memory import PAGE_SIZE, GuestMemory, MemoryMap, Pages, Region, Slot, Words
 from amig.sim.kernel_log import SimKernelLog
-from amig.stages.items import Block, RoundEnd
+from amig.stages.items import Block, Codec, RoundEnd
+from amig.stages.receive import Landing
 
 
 def one_region(pages: int) -> MemoryMap:
@@ -190,27 +191,38 @@ class Unthrottled:
 class MemoryLink:
     """A connection inside the process: block sink and block source on one queue of copies."""
 
+    live: bool = True
     queue: asyncio.Queue[tuple[Block, bytes] | RoundEnd | None] = field(default_factory=lambda: asyncio.Queue(4))
     delay: Callable[[], asyncio.Future[None]] | None = None
     blocks: list[Block] = field(default_factory=list)
+    landed: int = 0
 
     async def send_block(self, block: Block) -> int:
         if self.delay is not None:
             await self.delay()
         self.blocks.append(block)
-        await self.queue.put((block, bytes(block.data)))
-        return 64 + len(block.data)
+        await self.queue.put((block, b"".join(block.data)))
+        return 64 + block.size
 
     async def send_round(self, end: RoundEnd) -> None:
         if self.delay is not None:
             await self.delay()
         await self.queue.put(end)
 
-    async def receive(self, buffer: Pages) -> Block | RoundEnd | None:
+    async def receive(self, buffer: Pages, landing: Landing) -> Block | RoundEnd | None:
         item = await self.queue.get()
         if item is None or isinstance(item, RoundEnd):
             return item
-        block, data = item
-        flat = buffer.reshape(-1)
-        flat[: len(data)] = np.frombuffer(data, np.uint8)
-        return Block(**{f: getattr(block, f) for f in block.__slots__} | {"data": flat[: len(data)].data})
+        block, content = item
+        views = None
+        if block.codec is Codec.RAW:
+            views = landing.views(block.round, block.region, block.first, block.pages & ~block.zero)
+        if views is None:
+            view = buffer.reshape(-1).data[: len(content)]
+            view[:] = content
+            data: tuple[memoryview, ...] = (view,) if content else ()
+            return replace(block, data=data, buffer=buffer if content else None)
+        for view in views:
+            view[:], content = content[: len(view)], content[len(view) :]
+        self.landed += 1
+        return replace(block, data=(), buffer=None)

@@ -113,17 +113,21 @@ def busy(guest: ModelGuest, pages: int, rounds: int) -> Rounds:
     return Rounds(on_start=lambda _: write())
 
 
+@pytest.mark.parametrize("live", [True, False], ids=["live", "copied"])
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("compression", ["none", "zstd", "auto"])
 @pytest.mark.parametrize("strategy", ["slot-cache", "auto-clear", "exact"])
-async def test_a_guest_that_writes_all_the_time_arrives_whole(strategy: str, compression: str, streams: int) -> None:
+async def test_a_guest_that_writes_all_the_time_arrives_whole(
+    strategy: str, compression: str, streams: int, live: bool
+) -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
     guest.write(np.arange(0, 100), zero=True)
     policy = Policy(
         chunk=1 << 18, streams=streams, compression=compression, workers=2, dirty_log=strategy, downtime=0.005
     )  # type: ignore[arg-type]
-    run = await migrate(guest, policy, rounds=busy(guest, 40, 3))
+    links = [MemoryLink(live=live) for _ in range(streams)]
+    run = await migrate(guest, policy, rounds=busy(guest, 40, 3), links=links)
     run.assert_equal()
     assert run.state == b"state"
     assert run.placed == list(range(run.stats.rounds))

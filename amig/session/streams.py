@@ -7,6 +7,7 @@ from typing import Protocol
 from amig.errors import PeerError
 from amig.memory import MemoryMap, Pages
 from amig.stages.items import Block, Codec, RoundEnd
+from amig.stages.receive import Landing
 from amig.transport.framed import FramedConnection
 from amig.wire import block as wire_block
 from amig.wire.frames import FrameHeader
@@ -17,7 +18,8 @@ from amig.wire.messages import Round
 class StreamSink:
     """`amig.stages.send.BlockSink` on one connection."""
 
-    def __init__(self, link: FramedConnection) -> None:
+    def __init__(self, link: FramedConnection, *, live: bool = False) -> None:
+        self.live = live
         self._link = link
         self._pages = 0
 
@@ -32,11 +34,9 @@ class StreamSink:
             pages=block.pages,
             zero=block.zero,
             codec=wire_block.Codec(block.codec),
-            data_bytes=block.data.nbytes,
+            data_bytes=block.size,
         )
-        return (
-            await self._link.send_block(frame, block.data) if block.data_pages else await self._link.send_block(frame)
-        )
+        return await self._link.send_block(frame, *block.data, summed=not block.live)
 
     async def send_round(self, end: RoundEnd) -> None:
         """Say that the round is over on this connection."""
@@ -70,13 +70,13 @@ class StreamSource:
         """Rounds that have ended here."""
         return self._round
 
-    async def receive(self, buffer: Pages) -> Block | RoundEnd | None:
-        """Return the next block (its content in ``buffer``) or round end; None after END."""
+    async def receive(self, buffer: Pages, landing: Landing) -> Block | RoundEnd | None:
+        """Return the next block or round end; None after END."""
         while True:
             header = await self._link.read_header()
             match header.type:
                 case FrameType.BLOCK:
-                    return await self._block(header, buffer)
+                    return await self._block(header, buffer, landing)
                 case FrameType.ROUND:
                     return await self._end(header)
                 case _ if self._control is None:
@@ -85,14 +85,17 @@ class StreamSource:
                     if await self._control.frame(header):
                         return None
 
-    async def _block(self, header: FrameHeader, buffer: Pages) -> Block:
+    async def _block(self, header: FrameHeader, buffer: Pages, landing: Landing) -> Block:
         frame = await self._link.read_block(header, self._memory)
         head = frame.header
         if head.round != self._round:
             raise PeerError(f"the peer sent a block of round {head.round} in round {self._round}")
-        data = buffer.reshape(-1).data[: head.data_bytes]
+        data: tuple[memoryview, ...] = ()
         if head.data_bytes:
-            await self._link.read_data(data)
+            views = landing.views(head.round, head.region, head.first_page, frame.with_data) if not head.codec else None
+            if views is None:
+                data = (buffer.reshape(-1).data[: head.data_bytes],)
+            await self._link.read_data(*(views or data))
         self._pages += head.data_pages + head.zero_pages
         return Block(
             round=head.round,
@@ -105,6 +108,7 @@ class StreamSource:
             zero_pages=head.zero_pages,
             codec=Codec(head.codec),
             data=data,
+            buffer=buffer if data else None,
         )
 
     async def _end(self, header: FrameHeader) -> RoundEnd:

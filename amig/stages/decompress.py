@@ -11,7 +11,7 @@ from dataclasses import replace
 import zstandard
 
 from amig.errors import PeerError
-from amig.memory import PAGE_SIZE, Pages
+from amig.memory import PAGE_SIZE
 from amig.stages.channel import ReceiveEnd, SendEnd
 from amig.stages.items import Block, Codec, RoundEnd
 
@@ -21,8 +21,8 @@ class Decompress:
 
     def __init__(
         self,
-        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd],
-        pages: SendEnd[tuple[Block, Pages] | RoundEnd],
+        blocks: ReceiveEnd[Block | RoundEnd],
+        pages: SendEnd[Block | RoundEnd],
         *,
         workers: int,
     ) -> None:
@@ -31,7 +31,7 @@ class Decompress:
         self._workers = workers
         self._threads = ThreadPoolExecutor(workers, "amig-decompress")
         self._local = threading.local()
-        self._work: deque[tuple[asyncio.Future[Block] | Block, Pages]] = deque()
+        self._work: deque[asyncio.Future[Block] | Block] = deque()
 
     async def run(self) -> None:
         """Decode until the input ends. Raises `PeerError` for content that is not what its header says."""
@@ -42,36 +42,37 @@ class Decompress:
                         await self._drain(0)
                         await self._out.send(item, 0)
                         continue
-                    block, buffer = item
-                    if block.codec is Codec.ZSTD:
+                    if item.codec is Codec.ZSTD:
                         loop = asyncio.get_running_loop()
-                        self._work.append((loop.run_in_executor(self._threads, self._decompress, block), buffer))
+                        self._work.append(loop.run_in_executor(self._threads, self._decompress, item))
+                        await self._drain(2 * self._workers)
                     else:
-                        self._work.append((block, buffer))
-                    await self._drain(2 * self._workers if block.codec is Codec.ZSTD else 0)
+                        self._work.append(item)
+                        await self._drain(0)
                 await self._drain(0)
         finally:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def _drain(self, leave: int) -> None:
         while len(self._work) > leave:
-            work, buffer = self._work[0]
+            work = self._work[0]
             block = work if isinstance(work, Block) else await work
             self._work.popleft()
-            await self._out.send((block, buffer), block.data.nbytes)
+            await self._out.send(block, block.size)
 
     def _decompress(self, block: Block) -> Block:
         decompressor = getattr(self._local, "decompressor", None)
         if decompressor is None:
             decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
         expected = block.data_pages * PAGE_SIZE
+        packed = block.data[0]
         try:
             # Checked before anything is allocated: a few bytes may claim to hold gigabytes.
-            if zstandard.frame_content_size(block.data) != expected:
+            if zstandard.frame_content_size(packed) != expected:
                 raise PeerError("a compressed block does not state the size that its pages have")
-            raw = decompressor.decompress(block.data, max_output_size=expected)
+            raw = decompressor.decompress(packed, max_output_size=expected)
         except zstandard.ZstdError as error:
             raise PeerError(f"a compressed block can't be decompressed: {error}") from error
         if len(raw) != expected:
             raise PeerError(f"a compressed block held {len(raw)} bytes instead of {expected}")
-        return replace(block, codec=Codec.RAW, data=memoryview(raw))
+        return replace(block, codec=Codec.RAW, data=(memoryview(raw),))

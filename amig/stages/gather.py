@@ -1,4 +1,4 @@
-"""Reading guest memory in batches: which pages are zero, how to cut them into blocks, and their copy. Pure numpy."""
+"""Guest pages in batches: which are zero, how to cut them into blocks, which follow one another. Pure numpy."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def block_edges(index: PageIndex, zero: npt.NDArray[np.bool_]) -> Iterator[tuple
         start = stop
 
 
-def copy_pages(memory: Pages, index: PageIndex, out: Pages) -> Pages:
-    """Copy pages into the head of ``out`` and return that part; a run is one plain copy."""
-    target = out[: len(index)]
-    if is_run(index):
-        np.copyto(target, memory[index[0] : index[-1] + 1])
-    elif len(index):
-        np.take(memory, index, axis=0, out=target, mode="clip")  # "clip" spares a hidden copy; index is within bounds
-    return target
+def runs(index: PageIndex) -> list[tuple[int, int]]:
+    """Return ``(first, end)`` of every run of consecutive pages."""
+    if not len(index):
+        return []
+    breaks = np.flatnonzero(np.diff(index) != 1)
+    first = np.concatenate((index[:1], index[breaks + 1]))
+    end = np.concatenate((index[breaks], index[-1:])) + 1
+    return list(zip(first.tolist(), end.tolist(), strict=True))

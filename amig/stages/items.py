@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from amig.memory import PAGE_SIZE, Words
+from amig.memory import PAGE_SIZE, Pages, Words
 
 BLOCK_PAGES = 256
 """Most pages of content in a block: 1 MiB."""
@@ -77,8 +77,19 @@ class Block:
     data_pages: int
     zero_pages: int
     codec: Codec
-    data: memoryview
-    """Content of the non-zero pages in ascending order, encoded."""
+    data: tuple[memoryview, ...]
+    """Content of the non-zero pages in ascending order, encoded; empty once it has landed in guest memory."""
+    buffer: Pages | None = None
+    """The pool's buffer that ``data`` lies in, to be released when it has been used."""
+    live: bool = False
+    """``data`` is guest memory itself: it may still change, and who copies it out closes the window."""
+    cleared_ns: int = 0
+    """With ``live``, on the last block of a chunk: when its clear began."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of content as it travels."""
+        return sum([view.nbytes for view in self.data])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from amig.guest import Guest, Incoming
-from amig.memory import Pages, Region
+from amig.memory import Region
 from amig.policy import Convergence, Policy
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd, SendEnd, channel
@@ -55,11 +55,13 @@ class SourcePipeline:
         extents: ReceiveEnd[Extent | RoundEnd]
         chunks_in: SendEnd[Chunk | RoundEnd]
         chunks: ReceiveEnd[Chunk | RoundEnd]
-        blocks_in: SendEnd[tuple[Block, Pages] | RoundEnd]
-        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
+        blocks_in: SendEnd[Block | RoundEnd]
+        blocks: ReceiveEnd[Block | RoundEnd]
         extents_in, extents = channel(PLANNED_BYTES)
         chunks_in, chunks = channel(1)  # the shortest queue: one chunk, cleared and waiting to be read
-        blocks_in, blocks = channel(QUEUED_BYTES)
+        live = all(sink.live for sink in sinks)
+        # A live block is read only when it is sent: one waits while another is on its way, and no more.
+        blocks_in, blocks = channel(len(sinks) * BLOCK_BYTES if live else QUEUED_BYTES)
         pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
         choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
         self._sync = DirtySync(
@@ -81,6 +83,7 @@ class SourcePipeline:
             choice=choice,
             workers=policy.workers,
             markers=len(sinks),
+            live=live,
             stats=stats,
         )
         self._send = Send(blocks, sinks, throttle=throttle, pool=pool, stats=stats)
@@ -105,16 +108,16 @@ class DestinationPipeline:
         workers: int,
         on_round: Callable[[int], Awaitable[None]],
     ) -> None:
-        blocks_in: SendEnd[tuple[Block, Pages] | RoundEnd]
-        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
-        pages_in: SendEnd[tuple[Block, Pages] | RoundEnd]
-        pages: ReceiveEnd[tuple[Block, Pages] | RoundEnd]
+        blocks_in: SendEnd[Block | RoundEnd]
+        blocks: ReceiveEnd[Block | RoundEnd]
+        pages_in: SendEnd[Block | RoundEnd]
+        pages: ReceiveEnd[Block | RoundEnd]
         blocks_in, blocks = channel(QUEUED_BYTES)
         pages_in, pages = channel(2 * BLOCK_BYTES)
         pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
-        self._receive = Receive(sources, blocks_in, pool=pool)
-        self._decompress = Decompress(blocks, pages_in, workers=workers)
         self.place = Place(guest, regions, pages, pool=pool, on_round=on_round)
+        self._receive = Receive(sources, blocks_in, pool=pool, landing=self.place)
+        self._decompress = Decompress(blocks, pages_in, workers=workers)
 
     async def run(self) -> None:
         """Receive and place until the first connection says that everything has been sent."""

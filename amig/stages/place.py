@@ -11,8 +11,11 @@ from amig.guest import Incoming
 from amig.memory import PAGE_SIZE, WORD_PAGES, Pages, Region, Words
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
-from amig.stages.gather import is_run
+from amig.stages.gather import is_run, runs
 from amig.stages.items import Block, RoundEnd
+
+MAX_RUNS = 512
+"""Pieces up to which a block's content is received straight to its place; the kernel fills 1024 at a time."""
 
 
 class Place:
@@ -26,7 +29,7 @@ class Place:
         self,
         guest: Incoming,
         regions: Iterable[Region],
-        pages: ReceiveEnd[tuple[Block, Pages] | RoundEnd],
+        pages: ReceiveEnd[Block | RoundEnd],
         *,
         pool: BufferPool,
         on_round: Callable[[int], Awaitable[None]],
@@ -37,6 +40,8 @@ class Place:
         self._on_round = on_round
         self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
         self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
+        self._flat = {region: memory.reshape(-1).data for region, memory in self._memory.items()}
+        self._rounds = 0
         self.pages_placed = 0
         self.pages_zero = 0
 
@@ -44,11 +49,22 @@ class Place:
         """Place until the input ends."""
         async for item in self._in:
             if isinstance(item, RoundEnd):
+                self._rounds = item.round + 1
                 await self._on_round(item.round)
                 continue
-            block, buffer = item
-            self._place(block)
-            self._pool.release(buffer)
+            self._place(item)
+            if item.buffer is not None:
+                self._pool.release(item.buffer)
+
+    def views(self, round_: int, region: int, first: int, fresh: Words) -> list[memoryview] | None:
+        """See `amig.stages.receive.Landing`: yes, once nothing of an older round waits to be placed over it."""
+        if round_ != self._rounds:
+            return None
+        flat = self._flat[region]
+        pieces = runs(bitmap.to_pages(fresh, first))
+        if len(pieces) > MAX_RUNS:
+            return None
+        return [flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in pieces]
 
     def _place(self, block: Block) -> None:
         memory = self._memory[block.region]
@@ -60,12 +76,13 @@ class Place:
             placed &= ~stale
         if block.data_pages:
             fresh = block.pages & ~block.zero
-            index = bitmap.to_pages(fresh, block.first)
-            content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
-            if is_run(index):
-                memory[index[0] : index[-1] + 1] = content
-            else:
-                memory[index] = content
+            if block.data:
+                index = bitmap.to_pages(fresh, block.first)
+                content = np.frombuffer(block.data[0], np.uint8).reshape(-1, PAGE_SIZE)
+                if is_run(index):
+                    memory[index[0] : index[-1] + 1] = content
+                else:
+                    memory[index] = content
             placed |= fresh
         self.pages_placed += block.data_pages
         self.pages_zero += block.zero_pages

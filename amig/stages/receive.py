@@ -6,17 +6,26 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from amig.memory import Pages
+from amig.memory import Pages, Words
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import SendEnd
 from amig.stages.items import Block, RoundEnd
 
 
+class Landing(Protocol):
+    """Where raw content may be received to without a stop in between."""
+
+    def views(self, round_: int, region: int, first: int, fresh: Words) -> list[memoryview] | None:
+        """Return the guest memory of the pages whose bits are set, bit 0 being page ``first``; None for "not now"."""
+
+
 class BlockSource(Protocol):
     """A connection, as the receiver sees it."""
 
-    async def receive(self, buffer: Pages) -> Block | RoundEnd | None:
-        """Return what comes next, a block's content lying in ``buffer``; None when everything has been sent.
+    async def receive(self, buffer: Pages, landing: Landing) -> Block | RoundEnd | None:
+        """Return what comes next; None when everything has been sent.
+
+        A block's content lies in ``buffer``, which is then the block's, or has landed in guest memory.
 
         None comes on the first connection only; the others stay open and silent after the last round.
         """
@@ -32,10 +41,12 @@ class Receive:
     def __init__(
         self,
         sources: Sequence[BlockSource],
-        blocks: SendEnd[tuple[Block, Pages] | RoundEnd],
+        blocks: SendEnd[Block | RoundEnd],
         *,
         pool: BufferPool,
+        landing: Landing,
     ) -> None:
+        self._landing = landing
         self._sources = sources
         self._out = blocks
         self._pool = pool
@@ -52,14 +63,15 @@ class Receive:
     async def _drain(self, source: BlockSource) -> None:
         buffer = await self._pool.acquire()
         try:
-            while (item := await source.receive(buffer)) is not None:
+            while (item := await source.receive(buffer, self._landing)) is not None:
                 if isinstance(item, RoundEnd):
                     # The first of the barrier's two passes says that all are here, the second that the mark is out.
                     if await self._barrier.wait() == 0:
                         await self._out.send(item, 0)
                     await self._barrier.wait()
                 else:
-                    await self._out.send((item, buffer), item.data.nbytes)
-                    buffer = await self._pool.acquire()
+                    await self._out.send(item, item.size)
+                    if item.buffer is not None:
+                        buffer = await self._pool.acquire()
         finally:
             self._pool.release(buffer)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from amig.memory import Pages
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.items import Block, RoundEnd
@@ -16,6 +15,9 @@ from amig.stats import MigrationStats
 
 class BlockSink(Protocol):
     """A connection, as the sender sees it."""
+
+    live: bool
+    """Whether it can take pages straight from guest memory, without looking at them twice."""
 
     async def send_block(self, block: Block) -> int:
         """Send a block and return its bytes on the wire; its buffers may be reused afterwards."""
@@ -40,7 +42,7 @@ class Send:
 
     def __init__(
         self,
-        blocks: ReceiveEnd[tuple[Block, Pages] | RoundEnd],
+        blocks: ReceiveEnd[Block | RoundEnd],
         sinks: Sequence[BlockSink],
         *,
         throttle: Throttle,
@@ -67,13 +69,16 @@ class Send:
                 await sink.send_round(item)
                 await self._barrier.wait()
                 continue
-            block, buffer = item
             stats.link.begin(time.monotonic_ns())
             sent = 0
             try:
-                await self._throttle.take(block.data.nbytes)
-                sent = await sink.send_block(block)
+                await self._throttle.take(item.size)
+                sent = await sink.send_block(item)
             finally:
-                stats.link.end(time.monotonic_ns(), sent)
-                self._pool.release(buffer)
+                now = time.monotonic_ns()
+                stats.link.end(now, sent)
+                if item.buffer is not None:
+                    self._pool.release(item.buffer)
+            if item.cleared_ns:
+                stats.window.record(now - item.cleared_ns)
             stats.bytes_wire += sent

@@ -12,6 +12,10 @@ class Connection(Protocol):
     """A byte stream to one peer. One task may send while another receives; two may not do the same at once."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether ``send`` reads each buffer once, so that one which changes meanwhile does no harm (no TLS, no sum)."""
+
+    @property
     def peer(self) -> str:
         """Who is at the other end, for people."""
 

@@ -42,6 +42,11 @@ class _File:
         self._closed = False
 
     @property
+    def gathers(self) -> bool:
+        """No: what is to be written is put together first."""
+        return False
+
+    @property
     def peer(self) -> str:
         """The file's address."""
         return f"file:{self._path}"

@@ -52,6 +52,11 @@ class SocketConnection:
         self._calls = YIELD_CALLS
 
     @property
+    def gathers(self) -> bool:
+        """Yes: the kernel copies each buffer from where it lies."""
+        return True
+
+    @property
     def peer(self) -> str:
         """Who is at the other end, for people."""
         return self._peer
