@@ -79,13 +79,14 @@ def test_without_the_wait_port_the_image_spins(make):
     assert cpus(machine)["waits"].sum() == 0
 
 
-def test_memory_above_the_hole_is_used(make):
-    machine = make(boot("workload=sequential ws=4M ws_from=4G", memory=3 * GIB + 64 * MIB))
+@pytest.mark.parametrize(("size", "start"), [(3 * GIB + 64 * MIB, 4 * GIB), (18 * GIB, 17 * GIB)])
+def test_memory_above_the_hole_is_used(make, size, start):
+    machine = make(boot(f"workload=sequential ws=4M ws_from={start >> 30}G", memory=size))
     machine.resume()
     wait_running(machine)
     status = guest_abi.parse_status(raw(machine))
-    assert all(gpa >= 4 * GIB for gpa, _ in guest_abi.ws_ranges(status))
-    eventually(lambda: machine.memory.data_ranges(0, 3 * GIB // 4096, 64 * MIB // 4096))
+    assert all(gpa >= start for gpa, _ in guest_abi.ws_ranges(status))
+    eventually(lambda: machine.memory.data_ranges(0, (start - GIB) // 4096, 4 * MIB // 4096))
 
 
 def test_a_paused_guest_stands_still_and_resumes(make):
@@ -105,7 +106,7 @@ def test_a_paused_guest_stands_still_and_resumes(make):
         wait_heartbeats(machine)
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [1, 2, 4])
 def test_a_guest_goes_on_in_a_machine_built_from_its_description(make, vcpus):
     source = make(boot("workload=check ws=8M rate=20M fill=mixed", vcpus=vcpus))
     source.resume()
