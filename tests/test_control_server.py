@@ -286,17 +286,17 @@ async def test_requests_sent_ahead_are_answered_in_order(host: Host) -> None:
 async def test_a_client_that_never_reads_does_not_fill_the_host(host: Host) -> None:
     raw = Raw(host.path)
     raw.say(HELLO)
-    payload = msgspec.msgpack.encode({"type": "status", "id": 2})
+    payload = msgspec.msgpack.encode(HELLO)
     frame = struct.pack("<I", len(payload)) + payload
     sent = stuck = 0
-    while sent < 64 << 20 and stuck < 300:
+    while sent < 2 << 20 and stuck < 300:
         try:
             sent += raw.sock.send(frame * 100)
             stuck = 0
         except BlockingIOError:
             stuck += 1
         await asyncio.sleep(0)
-    assert sent < 32 << 20, "the host took requests whose answers nobody reads"
+    assert stuck == 300, "the host took requests whose answers nobody reads"
     await host.works()
     raw.close()
 
@@ -316,7 +316,8 @@ async def test_what_was_said_before_the_end_still_arrives(tmp_path: Path) -> Non
                 console.write(bytes(16 << 10))
             await asyncio.sleep(0)
             closing = asyncio.create_task(server.aclose())
-            await asyncio.sleep(0)
+            for _ in range(50):  # the host is as far as it gets before we read
+                await asyncio.sleep(0)
             heard = 0
             try:
                 while True:

@@ -89,6 +89,7 @@ class _Connection:
                 frame, _ = await self._reader.receive()
                 await self._answer(m.decode_request(frame))
                 await self._writer.drained()
+                await asyncio.sleep(0)  # a client that asks without end does not get the loop for itself
         except Closed:
             pass
         except ControlError as error:
