@@ -156,8 +156,11 @@ class Incoming(Protocol):
     def pages(self, region: int) -> Pages:
         """Writable memory of a region."""
 
-    async def populate(self, region: int, first: int, count: int) -> None:
-        """Have the kernel back a run of pages with memory ahead of their data."""
+    def populate(self, region: int, first: int, count: int) -> None:
+        """Have the kernel back a run of pages with memory ahead of their data; blocks for about 2 us a page.
+
+        Half the cost of letting the data's own arrival fault them in one by one.
+        """
 
     def punch(self, region: int, first: int, count: int) -> None:
         """Make a run of pages zero again, giving their memory back."""

@@ -160,7 +160,7 @@ class ModelIncoming:
         assert self.array is not None
         return self.array.arrays[region]
 
-    async def populate(self, region: int, first: int, count: int) -> None:
+    def populate(self, region: int, first: int, count: int) -> None:
         pass
 
     def punch(self, region: int, first: int, count: int) -> None:

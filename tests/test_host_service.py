@@ -14,8 +14,8 @@ from amig.errors import BootError, ControlError, GuestError, HostError, NameTake
 from amig.guest import Handover, Outcome, RunState
 from amig.host.attach import open_control, open_guest
 from amig.host.handover import Records
-from amig.host.hosted import MachineEnvelope
-from amig.host.local import LocalIncoming
+from amig.host.incoming import LocalIncoming
+from amig.host.life import MachineEnvelope
 from amig.host.names import live_hosts
 from amig.host.service import HostService, How, host
 
@@ -188,7 +188,7 @@ async def test_a_cancelled_host_closes_everything() -> None:
 
 async def fill(incoming: LocalIncoming) -> str:
     identity = await incoming.build(name="web1", machine=FAKE, memory=MAP)
-    await incoming.populate(0, 0, 64)
+    incoming.populate(0, 0, 64)
     incoming.pages(0)[3] = 7
     incoming.pages(7)[63] = 9
     incoming.punch(7, 63, 1)

@@ -29,8 +29,9 @@ class _Loading:
         assert self.memory is not None  # noqa: S101 - build comes first
         return self.memory.pages(region)
 
-    async def populate(self, region: int, first: int, count: int) -> None:
-        pass
+    def populate(self, region: int, first: int, count: int) -> None:
+        assert self.memory is not None  # noqa: S101 - as above
+        self.memory.populate(region, first, count)
 
     def punch(self, region: int, first: int, count: int) -> None:
         assert self.memory is not None  # noqa: S101 - as above

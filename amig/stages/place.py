@@ -17,6 +17,9 @@ from amig.stages.items import Block, RoundEnd
 MAX_RUNS = 512
 """Pieces up to which a block's content is received straight to its place; the kernel fills 1024 at a time."""
 
+MAX_POPULATED = 16
+"""Runs of fresh pages in a block up to which they are backed by one call each before their data comes."""
+
 
 class Place:
     """The last stage of the destination.
@@ -35,6 +38,7 @@ class Place:
         on_round: Callable[[int], Awaitable[None]],
     ) -> None:
         """``on_round`` is awaited when every page of a round is in place."""
+        self._guest = guest
         self._in = pages
         self._pool = pool
         self._on_round = on_round
@@ -64,7 +68,16 @@ class Place:
         pieces = runs(bitmap.to_pages(fresh, first))
         if len(pieces) > MAX_RUNS:
             return None
+        self._back(region, first, fresh)
         return [flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in pieces]
+
+    def _back(self, region: int, first: int, fresh: Words) -> None:
+        """Have fresh memory backed run by run, where there are few."""
+        at = slice(first // WORD_PAGES, first // WORD_PAGES + len(fresh))
+        untouched = runs(bitmap.to_pages(fresh & ~self._placed[region][at], first))
+        if len(untouched) <= MAX_POPULATED:
+            for start, end in untouched:
+                self._guest.populate(region, start, end - start)
 
     def _place(self, block: Block) -> None:
         memory = self._memory[block.region]
