@@ -12,17 +12,26 @@
 `Migration` moves a guest, `Reception` waits for one and runs it, `Guest` is the seam that any virtual machine monitor
 can stand behind (docs/guest-protocol.md). Works in anybody's event loop, asyncio's own or uvloop, more than one at a
 time. Errors are an `AmigError`; their tree stands in `amig.errors`.
+
+The names below are loaded when they are first used: the command line starts before numpy would have been read.
 """
 
-from amig.errors import AmigError
-from amig.events import Event, Notice, PageCounts, Progress, Result, RoundEnded, State, StateChanged
-from amig.guest import Guest, GuestInfo, Incoming, RunState
-from amig.host.hosted import Ended, How
-from amig.host.service import HostService
-from amig.policy import Policy
-from amig.session.migration import Migration
-from amig.session.reception import Reception
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from amig.session.release import RELEASE
+
+if TYPE_CHECKING:
+    from amig.errors import AmigError
+    from amig.events import Event, Notice, PageCounts, Progress, Result, RoundEnded, State, StateChanged
+    from amig.guest import Guest, GuestInfo, Incoming, RunState
+    from amig.host.hosted import Ended, How
+    from amig.host.service import HostService
+    from amig.policy import Policy
+    from amig.session.migration import Migration
+    from amig.session.reception import Reception
 
 __version__ = RELEASE
 
@@ -48,3 +57,36 @@ __all__ = [
     "StateChanged",
     "__version__",
 ]
+
+_HOMES = {
+    "AmigError": "amig.errors",
+    "Ended": "amig.host.hosted",
+    "Event": "amig.events",
+    "Guest": "amig.guest",
+    "GuestInfo": "amig.guest",
+    "HostService": "amig.host.service",
+    "How": "amig.host.hosted",
+    "Incoming": "amig.guest",
+    "Migration": "amig.session.migration",
+    "Notice": "amig.events",
+    "PageCounts": "amig.events",
+    "Policy": "amig.policy",
+    "Progress": "amig.events",
+    "Reception": "amig.session.reception",
+    "Result": "amig.events",
+    "RoundEnded": "amig.events",
+    "RunState": "amig.guest",
+    "State": "amig.events",
+    "StateChanged": "amig.events",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
