@@ -194,7 +194,8 @@ class SocketGuest:
 
     def migration_progress(self, progress: types.Progress) -> None:
         """Show figures to whoever asks the host; never waits, and a lost one does not matter."""
-        self._link.post(rq.MigrationProgress(progress=progress))
+        if self._link.buffered == 0:  # a host that does not read has enough to catch up with
+            self._link.post(rq.MigrationProgress(progress=progress))
 
     async def migration_end(self, status: str, error: str = "") -> None:
         """Say how it ended: ``completed``, ``cancelled`` or ``failed``."""

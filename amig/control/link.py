@@ -151,6 +151,11 @@ class Link:
         """Wait until the host has read most of what was sent."""
         await self._writer.drained()
 
+    @property
+    def buffered(self) -> int:
+        """Bytes that the host has not taken yet."""
+        return self._writer.buffered
+
     def pause_reading(self) -> None:
         """Take nothing more from the host for now."""
         if self._reading and self._broken is None:

@@ -115,6 +115,8 @@ class Console:
         self._ended = False
         self.dropped = 0
         """Bytes of output that the host could not keep for us."""
+        self.guest_ended: rp.GuestEnded | None = None
+        """Why the host is about to go, once it has said so."""
         link.on_notice = self
 
     def __call__(self, notice: types.Notice) -> None:
@@ -126,6 +128,8 @@ class Console:
             self._news.set()
             if self._size > MAX_UNREAD:
                 self._link.pause_reading()
+        elif isinstance(notice, rp.GuestEnded):
+            self.guest_ended = notice
 
     async def read(self) -> bytes:
         """Return what the guest has written, at least one byte, or ``b""`` when the host has gone."""

@@ -14,80 +14,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from amig.control.types import Progress
 from amig.dirty.hub import DirtyLogHub
 from amig.errors import AmigError, ControlError, HostError
 from amig.guest import GuestInfo, Handover, Outcome, RunState
 from amig.host.handover import Records, SourceHandover
+from amig.host.life import Ended as Ended
+from amig.host.life import How as How
+from amig.host.life import MachineEnvelope, Migration, Owner
 from amig.host.machine import Machine
 from amig.host.vm_thread import VmThread
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Owner(Protocol):
-    """Whoever migrates a guest."""
-
-    name: str
-
-    def cancel_asked(self, migration: str) -> None:
-        """An operator wants this migration cancelled."""
-
-
-class How(enum.StrEnum):
-    """How a host's guest ended."""
-
-    POWERED_OFF = "powered-off"
-    """By itself, in order."""
-    STOPPED = "stopped"
-    """An operator stopped it."""
-    MOVED = "moved"
-    """It runs elsewhere."""
-    FAILED = "failed"
-    """It can't go on; see ``error``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """The end of a guest on this host."""
-
-    how: How
-    reason: str = ""
-    error: AmigError | None = None
-    handover: Handover | None = None
-    """With MOVED: where it went."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Migration:
-    """A migration as its migrator describes it."""
-
-    owner: Owner
-    id: str
-    destination: str
-    begun: float = field(default_factory=time.monotonic)
-    ended: float | None = None
-    status: str = "running"
-    error: str = ""
-    cancel_requested: bool = False
-    progress: Progress = field(default_factory=Progress)
-
-
-class MachineEnvelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`GuestInfo.machine`: which engine can read the description."""
-
-    engine: str
-    description: bytes
 
 
 class HostedGuest:
@@ -222,11 +167,13 @@ class HostedGuest:
         async with self._turn:
             if self._phase not in (RunState.STOPPED, RunState.FAILED, RunState.COMMITTED):
                 self._end(RunState.STOPPED, Ended(how=How.STOPPED, reason="its host was closed"))
-            await self._close_machine()
-            if self._prepared is not None:
-                self._prepared[1].close()
-                self._prepared = None
-            self.vm.close()
+            try:
+                await self._close_machine()
+            finally:
+                if self._prepared is not None:
+                    self._prepared[1].close()
+                    self._prepared = None
+                self.vm.close()
 
     async def _close_machine(self) -> None:
         machine, self._machine, self._hub = self._machine, None, None
@@ -426,13 +373,15 @@ class HostedGuest:
         async with self._turn:
             if self._phase is RunState.COMMITTED and self._prepared is not None and self._prepared[0] is owner:
                 return
-            if self._prepared is not None and self._prepared[0] is owner:
-                await self.vm.call(self._abandon)
             self.end_migration(owner, "failed", "the migrator left before it was done")
-            if self._pauser is owner:
-                self._pauser = None
-                if self._phase is RunState.RUNNING:
-                    await self._settle()
+            try:
+                if self._pauser is owner:
+                    self._pauser = None
+                    if self._phase is RunState.RUNNING:
+                        await self._settle()
+            finally:  # after the guest runs again: removing a file durably may take its time
+                if self._prepared is not None and self._prepared[0] is owner:
+                    await self.vm.call(self._abandon)
 
     def _abandon(self) -> None:
         if self._prepared is not None:

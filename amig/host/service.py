@@ -29,8 +29,10 @@ from amig.control.server import ControlServer, Outbox
 from amig.control.waiting import settle
 from amig.errors import AmigError, HostError
 from amig.host.handover import Records
-from amig.host.hosted import Ended, HostedGuest, How
-from amig.host.local import Builder, LocalGuest, LocalIncoming, error_code
+from amig.host.hosted import HostedGuest
+from amig.host.incoming import Builder, LocalIncoming
+from amig.host.life import Ended, How
+from amig.host.local import LocalGuest, error_code
 from amig.host.machine import Machine
 from amig.host.names import NameLock
 from amig.host.relay import ConsoleRelay, Sink
@@ -148,6 +150,8 @@ class HostService:
         try:
             self._serving.cancel()
             await asyncio.wait({self._serving})
+            if not self._serving.cancelled() and (failure := self._serving.exception()) is not None:
+                _log.error("the control socket of %s failed: %s", self.name, failure)
             self._server.close()
             await self.hosted.close()
         finally:

@@ -20,7 +20,8 @@ from amig.control.take import TakeServer
 from amig.control.waiting import finish
 from amig.errors import ControlError
 from amig.host.guest_image import ask_guest
-from amig.host.hosted import Ended, HostedGuest
+from amig.host.hosted import HostedGuest
+from amig.host.life import Ended
 from amig.host.local import LocalGuest
 from amig.host.status import status
 

@@ -9,7 +9,8 @@ from amig.control import replies as rp
 from amig.control import types
 from amig.dirty.hub import LogUserStatus
 from amig.host.guest_image import progress
-from amig.host.hosted import HostedGuest, Migration
+from amig.host.hosted import HostedGuest
+from amig.host.life import Migration
 
 
 async def status(hosted: HostedGuest, *, request: int, consoles: int) -> rp.StatusIs:
