@@ -51,7 +51,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             version=DESCRIPTION_VERSION,
             vcpus=vcpus,
             cpu=model.name,
-            cpuid=pack_cpuid(model.entries),
+            # As vCPU 0 has it: KVM's own list holds the number of the host's processor that happened to be asked.
+            cpuid=pack_cpuid(model.for_vcpu(0, vcpus)),
             seen=pack_cpuid(seen),
             tsc_khz=tsc_khz,
             devices=(*DEVICES, *([WAIT_PORT_DEVICE] if wait_port else [])),
