@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from amig.cli.verdict import Verdict, describe
 from amig.events import Result
 from amig.units import format_duration, format_rate, format_size
 
@@ -33,17 +34,6 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     during: float
     after: float
     asked: float
-
-
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guest says of its own memory."""
-
-    intact: bool
-    verified_pages: int
-    """Read and compared in the complete pass that was asked for at the destination."""
-    mismatches: int
-    """All that it ever found."""
-    answered: bool = True
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="demo"):
@@ -96,7 +86,7 @@ def text(report: Report) -> str:
             )
         )
     if report.verdict is not None:
-        rows.append(("verdict", _verdict(report.verdict)))
+        rows.append(("verdict", describe(report.verdict)))
     mark = "simulated: " if report.simulated else ""
     return "\n".join(f"  {mark}{name:14}{value}" for name, value in rows)
 
@@ -112,14 +102,6 @@ def _downtime(downtime: Downtime) -> list[tuple[str, str]]:
     inside = f"{_ms(downtime.guest_clock)} longest gap on the guest's own clock"
     between = "" if downtime.migrator is None else f", {_ms(downtime.migrator)} from pause to running"
     return [("downtime", outside), ("", f"{inside}{between}, limit {_ms(downtime.limit)}")]
-
-
-def _verdict(verdict: Verdict) -> str:
-    if not verdict.answered:
-        return "NONE: the guest does not answer any more"
-    if verdict.intact:
-        return f"INTACT: the guest has verified all {verdict.verified_pages} pages of its working set over there"
-    return f"DAMAGED: the guest found {verdict.mismatches} mismatches in its memory"
 
 
 def _ms(value: float) -> str:

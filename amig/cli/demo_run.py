@@ -14,14 +14,14 @@ import numpy as np
 
 from amig.cli import say
 from amig.cli.demo_hosts import Child, Place
-from amig.cli.demo_report import Downtime, Progress, Report, Verdict, text
+from amig.cli.demo_report import Downtime, Progress, Report, text
 from amig.cli.demo_watch import Observed
 from amig.cli.loop import on_signals
 from amig.cli.progress import display
+from amig.cli.verdict import Verdict, until, verdict_of
 from amig.control.client import SocketGuest
 from amig.control.operator import ControlClient
-from amig.control.types import GuestProgress
-from amig.errors import GuestError, HostError, VerifyFailed
+from amig.errors import HostError, VerifyFailed
 from amig.events import Result
 from amig.host import guest_abi as abi
 from amig.host.attach import open_control
@@ -33,7 +33,6 @@ from amig.units import format_rate, format_size
 
 SETTLE = 1.0
 """Seconds for which the guest's speed is measured before and after."""
-_POLL = 0.02
 _BOOT_TIMEOUT = 300.0
 _VERIFY_TIMEOUT = 600.0
 
@@ -135,10 +134,10 @@ class _Steps:
     async def run(self, source: Child, observer: Child) -> Report:
         """Do it all; returns the report, also of a migration that failed."""
         async with await open_control(self._place.socket("source"), client="amig demo") as control:
-            await _until(control, lambda guest: guest.state == "running", _BOOT_TIMEOUT)
+            await until(control, lambda guest: guest.state == "running", _BOOT_TIMEOUT)
             before = await _speed(control)
             number = await control.ask_guest("gap-reset")
-            began = await _until(control, lambda guest: guest.gap_ack >= number, _BOOT_TIMEOUT)
+            began = await until(control, lambda guest: guest.gap_ack >= number, _BOOT_TIMEOUT)
         began_at = time.monotonic()
         result = await self._migrate()
         took = time.monotonic() - began_at
@@ -146,12 +145,12 @@ class _Steps:
             return self._report(result.status, result)
         self._tell("it runs over there; it goes on for a second, then verifies all its memory")
         async with await open_control(self._place.socket("destination"), client="amig demo") as control:
-            arrived = await _until(control, lambda guest: True, _BOOT_TIMEOUT)
+            arrived = await until(control, lambda guest: True, _BOOT_TIMEOUT)
             during = (arrived.writes - began.writes) * PAGE_SIZE / took
             after = await _speed(control)
-            gap = (await _until(control, lambda guest: True, _BOOT_TIMEOUT)).gap_max_ns / 1e6
+            gap = (await until(control, lambda guest: True, _BOOT_TIMEOUT)).gap_max_ns / 1e6
             observed = await _observed(observer)
-            verdict = await self._verdict(control)
+            verdict = await verdict_of(control, _VERIFY_TIMEOUT, pages=self._request.working_set // PAGE_SIZE)
             await control.stop()
         if code := await source.ended():
             raise HostError(f"the source's host ended with code {code} though its guest has moved")
@@ -196,16 +195,6 @@ class _Steps:
                 result = await _to_its_end(migration.result())
         return result
 
-    async def _verdict(self, control: ControlClient) -> Verdict:
-        number = await control.ask_guest("verify")
-        try:
-            guest = await _until(control, lambda guest: guest.verify_done >= number, _VERIFY_TIMEOUT)
-        except GuestError:
-            return Verdict(intact=False, verified_pages=0, mismatches=0, answered=False)
-        mismatches = guest.mismatches + guest.verify_mismatches
-        whole = guest.verify_pages == self._request.working_set // PAGE_SIZE
-        return Verdict(intact=whole and not mismatches, verified_pages=guest.verify_pages, mismatches=mismatches)
-
 
 async def _to_its_end(result: object) -> Result:
     """Wait for the result even when we are being cancelled: until then the migrator holds the guest."""
@@ -218,25 +207,11 @@ async def _to_its_end(result: object) -> Result:
     return task.result()
 
 
-async def _until(control: ControlClient, condition: Callable[[GuestProgress], bool], timeout: float) -> GuestProgress:
-    """Ask until the guest's counters fulfil ``condition``; raises `GuestError` when they don't in time."""
-    deadline = time.monotonic() + timeout
-    while True:
-        status = await control.status()
-        if status.guest is not None and condition(status.guest):
-            return status.guest
-        if status.state in ("failed", "stopped") or (status.guest is not None and status.guest.state == "fault"):
-            raise GuestError(f"the demo's guest has ended: {status.reason or 'it took an exception'}")
-        if time.monotonic() > deadline:
-            raise GuestError(f"the demo's guest did not answer within {timeout:g} s")
-        await asyncio.sleep(_POLL)
-
-
 async def _speed(control: ControlClient) -> float:
     """Let the guest run for a while; returns bytes of pages that it writes in a second."""
     counters = []
     for _ in range(2):
-        guest = await _until(control, lambda guest: True, _BOOT_TIMEOUT)
+        guest = await until(control, lambda guest: True, _BOOT_TIMEOUT)
         counters.append((time.monotonic(), guest.writes))
         if len(counters) == 1:
             await asyncio.sleep(SETTLE)

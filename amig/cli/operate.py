@@ -81,3 +81,28 @@ def stop(
 
     _do(name, "stop", act)
     say.result(f"{name} was stopped")
+
+
+@command(
+    "amig verify web1",
+)
+def verify(
+    name: options.GuestName,
+    timeout: Annotated[str, typer.Option("--timeout", metavar="TIME", help="How long to wait for it.")] = "10min",
+    json: options.Json = False,
+) -> None:
+    """Ask a guest with amig's checking workload to verify all its memory.
+
+    Ends with 0 when it is intact, with 45 when it is not.
+    """
+    from amig.cli.loop import run
+    from amig.cli.verdict import ask_verdict, describe
+    from amig.errors import VerifyFailed
+
+    verdict = run(ask_verdict(name, options.seconds("--timeout", timeout)))
+    if json:
+        say.json_line(verdict)
+    else:
+        say.result(f"{name}: {describe(verdict)}")
+    if not verdict.intact:
+        raise typer.Exit(VerifyFailed.exit_code)

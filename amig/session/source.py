@@ -169,7 +169,7 @@ class SourceSession:
         return (
             f"COMMIT was sent to {there} and its answer was lost ({error}). The guest {name!r} is paused here and must "
             f"not run here unless the destination ({self.identity}) is known not to run it. Look there with "
-            f"`amig status`: if it runs, `amig stop {name}` here; if that host is gone for good, "
+            f"`amig status`: if it runs, `amig resolve {name} --discard` here; if it never will, "
             f"`amig resolve {name} --run-here`"
         )
 
