@@ -8,7 +8,7 @@ from amig.host import guest_abi
 from amig.host.boot import BootConfig
 from amig.host.images import image_path
 from amig.host.kvm_machine import KvmMachine, MachineConfig
-from tests.images import LOAD, NOTE, elf_file, pvh_note
+from tests.images import LOAD, NOTE, amig_note, elf_file, pvh_note
 
 MIB = 1 << 20
 ENTRY = MIB
@@ -21,6 +21,32 @@ TRIPLE_FAULT = bytes.fromhex("0f011d00500000 0f0b")  # an empty interrupt table,
 NOT_EMULATED = bytes.fromhex("d905000000d0")  # a floating-point load from where no memory is
 SPIN = bytes.fromhex("ebfe")
 ECHO = bytes.fromhex("bafd030000 ec a801 74fb baf8030000 ec 3420 ee ebeb")  # COM1, polled, upper and lower case swapped
+
+
+COUNTER = 0x5000
+_COUNT = bytes.fromhex("ff0500500000 ebf8")  # for further vCPUs: count at COUNTER for ever
+_WAIT_FOR_COUNT = bytes.fromhex("833d0050000000 74f7")
+
+
+def two_sided(tmp_path, *, wait):
+    """Write an image whose vCPU 0 resets the machine (``wait``: once the others count) while the others count."""
+    first = (_WAIT_FOR_COUNT if wait else b"") + KEYBOARD_RESET
+    notes = pvh_note(ENTRY) + amig_note(ENTRY + 0x100)
+    path = tmp_path / "two-sided.elf"
+    code = first.ljust(0x100, b"\xf4") + _COUNT
+    path.write_bytes(elf_file((LOAD, ENTRY, 4096, 4096, code), (NOTE, 0, len(notes), 4, notes)))
+    return path
+
+
+def count(machine):
+    return machine.memory.read(COUNTER, 8)
+
+
+def stands_still(machine, look_again=0.1):
+    """Whether nobody counts while we look."""
+    before = count(machine)
+    time.sleep(look_again)
+    return count(machine) == before
 
 
 def eventually(condition, timeout=30.0, what=""):

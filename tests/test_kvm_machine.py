@@ -27,12 +27,15 @@ from tests.machines import (
     SPIN,
     TRIPLE_FAULT,
     boot,
+    count,
     cpus,
     eventually,
     heartbeats,
     move,
     raw,
+    stands_still,
     tiny,
+    two_sided,
     verified,
     wait_heartbeats,
     wait_running,
@@ -217,18 +220,46 @@ def test_a_kvm_that_can_not_run_kernels_is_known_before_linux_starts(tmp_path):
     assert left_open() == before
 
 
-def test_when_one_vcpu_ends_the_others_rest_and_it_is_told_once(make):
-    machine = make(boot("workload=random ws=8M crash=shutdown", vcpus=2))
+def test_when_one_vcpu_ends_the_others_rest_and_it_is_told_once(make, tmp_path):
+    machine = make(boot(kernel=two_sided(tmp_path, wait=True), vcpus=2))
+    ends = []
+    machine.on_stopped = ends.append
+    machine.resume()
+    eventually(lambda: ends)
+    assert count(machine) != bytes(8), "the other vCPU did run"
+    eventually(lambda: stands_still(machine), timeout=5, what="the other vCPU runs on")
+    assert ends == [None]
+
+
+def test_a_guest_that_has_ended_is_not_resumed(make, tmp_path):
+    machine = make(boot(kernel=two_sided(tmp_path, wait=True), vcpus=2))
     ends = []
     machine.on_stopped = ends.append
     machine.resume()
     eventually(lambda: ends)
     machine.pause()
-    beats = heartbeats(machine)
+    before = count(machine)
+    for _ in range(20):
+        machine.resume()
+        machine.pause()
+    assert count(machine) == before
+    assert ends == [None]
+
+
+def test_a_guest_that_ends_in_the_middle_of_a_resume_does_not_run_on(make, tmp_path, monkeypatch):
+    machine = make(boot(kernel=two_sided(tmp_path, wait=False), vcpus=2))
+    ends = []
+    machine.on_stopped = ends.append
+    first = machine._threads[0]
+    resume = first.resume
+
+    def resume_and_end():
+        resume()
+        eventually(lambda: ends)
+
+    monkeypatch.setattr(first, "resume", resume_and_end)
     machine.resume()
-    machine.pause()
-    assert (heartbeats(machine) == beats).all(), "a guest that has ended does not run on"
-    assert len(ends) == 1
+    eventually(lambda: stands_still(machine), timeout=5, what="the other vCPU runs on")
 
 
 def test_pausing_a_guest_that_ends_at_that_moment_is_safe(make, tmp_path):
