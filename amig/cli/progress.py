@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from amig.cli import say
 from amig.events import Event, Notice, Progress, RoundEnded, State, StateChanged
 from amig.memory import PAGE_SIZE
 from amig.units import format_duration, format_rate, format_size
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
 
 _LINE_PERIOD = 5.0
 """Seconds between lines of progress where there is no terminal."""
@@ -94,42 +91,42 @@ class Lines:
 
 
 class Bar:
-    """A bar with figures, and a line for every round above it."""
+    """A bar, a line of figures under it, and a line for every round above it; gone at the end, but for the rounds."""
 
     def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        self._bar: RichProgress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("\n  {task.fields[figures]}"),
-            console=Console(stderr=True),
-            transient=True,
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(),
             expand=True,
-        )
-        self._task = self._bar.add_task(title, total=1.0, figures="")
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=1.0)
+        self._figures = Text()
+        self._console = Console(stderr=True)
+        self._live = Live(Group(self._bar, self._figures), console=self._console, transient=True, refresh_per_second=8)
 
     def __enter__(self) -> Bar:
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def show(self, event: Event) -> None:
         """Show one event."""
         match event:
             case StateChanged() if event.state in _STATES:
-                self._bar.update(self._task, figures=_STATES[event.state])
+                self._figures.plain = f"  {_STATES[event.state]}"
             case RoundEnded():
-                self._bar.console.print(round_text(event), highlight=False, markup=False)
+                self._console.print(round_text(event), highlight=False, markup=False)
             case Notice():
-                self._bar.console.print(event.text, highlight=False, markup=False)
+                self._console.print(event.text, highlight=False, markup=False)
             case Progress():
-                self._bar.update(self._task, completed=event.fraction, figures=figures(event))
+                self._bar.update(self._task, completed=event.fraction)
+                self._figures.plain = f"  {figures(event)}"
             case _:
                 pass
 

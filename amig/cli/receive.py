@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,7 +55,7 @@ def receive(
 
     warning = plain_tcp(parse_socket(address), "receive")
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
-    if warning:
+    if warning and not is_detached():
         say.warn(warning)
     if detach and not is_detached():
         ready = start(name)
@@ -63,6 +64,7 @@ def receive(
         else:
             say.result(ready.info["text"])
         return
+    logging.getLogger("amig.session.reception").setLevel(logging.ERROR)  # we tell of failed attempts ourselves
     host = Host(name, choice, json=json, lifeline=lifeline)
     raise typer.Exit(run_loop(_receive(host, address, once=once, hugepages=hugepages, workers=workers)))
 

@@ -45,8 +45,6 @@ class Request:
     "amig run t1 --workload check --memory 512MiB --working-set 256MiB --rate 200MB/s --detach",
     "amig run t1 --restore file:t1.snapshot --serial file:t1.log",
     "amig run t1 --workload random --engine simulator        # where there is no KVM",
-    "",
-    "What the words of --workload mean, and more of them for --append, is in guest/README.md.",
 )
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the guest is called on this machine.")],
@@ -122,6 +120,8 @@ def run(
 
     Stays in the foreground (Ctrl-C ends the guest) unless --detach. Ends with 0 when the guest switched itself off, was
     stopped, or has moved to another host.
+
+    What the words of --workload mean, and more of them for --append, is in guest/README.md.
     """
     from amig.cli.hosting import Host, is_detached, serial_choice
     from amig.cli.hosting import detach as start
@@ -154,6 +154,11 @@ def run(
         engine=engine,
     )
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
+    if restore is not None and not is_detached():
+        say.warn(
+            "a snapshot is a clone: if the guest that was saved still runs, there are two of it from now on, with the "
+            "same addresses and the same secrets"
+        )
     if detach and not is_detached():
         ready = start(name)
         if json:
@@ -187,10 +192,6 @@ async def _start(service: HostService, request: Request) -> None:
         address = parse(request.restore)
         if not isinstance(address, FileAddress):
             raise UsageError(f"--restore {request.restore}: a snapshot is a file, write file:PATH")
-        say.warn(
-            "a snapshot is a clone: if the guest that was saved still runs, there are two of it from now on, with the "
-            "same addresses and the same secrets"
-        )
         await restore_here(service, address.path, hugepages=request.hugepages)
     elif request.engine is options.Engine.SIMULATOR:
         from amig.host.memory import MemfdMemory
