@@ -108,16 +108,22 @@ async def verdict(machine: Machine) -> int:
 
 @asynccontextmanager
 async def hosting(
-    append: str = CHECK, *, engine: str = "kvm", memory: int = 64 * MIB, vcpus: int = 1, output: Output | None = None
+    append: str = CHECK,
+    *,
+    engine: str = "kvm",
+    memory: int = 64 * MIB,
+    vcpus: int = 1,
+    output: Output | None = None,
+    **config: int,
 ) -> AsyncIterator[HostService]:
-    """Host a guest of our own image until the block ends."""
+    """Host a guest of our own image until the block ends; ``config`` is more of `MachineConfig`."""
     service = HostService(f"guest{next(_numbers)}", sinks=(output,) if output else ())
     async with service:
         sink = service.console.write
         if engine == "kvm":
-            config = MachineConfig(memory=memory, vcpus=vcpus)
+            machine_config = MachineConfig(memory=memory, vcpus=vcpus, **config)
             boot = BootConfig(kernel=image_path(), append=append)
-            machine: Machine = await service.build(KvmMachine.boot, config, boot, sink=sink)
+            machine: Machine = await service.build(KvmMachine.boot, machine_config, boot, sink=sink)
         else:
             options = SimOptions.parse(append, vcpus=vcpus)
             machine = await service.build(SimMachine, MemfdMemory.create(memory), options, serial=sink)

@@ -28,7 +28,7 @@ words = st.integers(0, 2**64 - 1)
 
 
 def test_the_registry_knows_all_designs() -> None:
-    assert set(strategies) == {"auto-clear", "blind", "slot-cache", "migration-bitmap", "exact"}
+    assert set(strategies) == {"auto-clear", "blind", "slot-cache", "migration-bitmap", "exact", "ring"}
     assert all(kind.name == name for name, kind in strategies.items())
     assert (best(MODERN), best(OLD)) == ("slot-cache", "auto-clear")
     assert offered(OLD) == ("auto-clear",)
@@ -65,6 +65,7 @@ def test_what_each_design_clears(name: str, cache: int, mine: int, exact: bool) 
     step = strategies[name]().take(mine, cache, 2**64 - 1, exact=exact)
     expected = {
         "slot-cache": mine & cache,
+        "ring": mine & cache,
         "exact": mine if exact else mine & cache,
         "migration-bitmap": mine,
         "blind": 2**64 - 1,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _KERNEL = "Kernel"
 _WORKLOAD = "Workload"
 _HOST = "Host"
+_ENTRY, _MIN_RING, _MAX_RING = 16, 4096, 1 << 20
+"""Bytes of an entry of a dirty ring, and what KVM takes at least and at most; api.rst 8.29."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +40,14 @@ class Request:
     cpu: str
     paused: bool
     engine: options.Engine
+    dirty_ring: int
+    initially_set: bool
 
 
 @command(
     "amig run web1 --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --memory 2GiB --serial stdio",
     "amig run t1 --workload check --memory 512MiB --working-set 256MiB --rate 200MB/s --detach",
+    "amig run t1 --workload random --dirty-ring 4096",
     "amig run t1 --restore file:t1.snapshot --serial file:t1.log",
     "amig run t1 --workload random --engine simulator        # where there is no KVM",
 )
@@ -112,6 +117,23 @@ def run(
     hugepages: options.HugePages = False,
     paused: Annotated[bool, typer.Option("--paused", help="Don't start it; amig resume does.")] = False,
     engine: Annotated[options.Engine, typer.Option("--engine", help="What runs the guest.")] = options.Engine.KVM,
+    dirty_ring: Annotated[
+        str | None,
+        typer.Option(
+            "--dirty-ring",
+            metavar="SIZE",
+            help="Log dirty pages in a ring for each vCPU: so many entries, or bytes with a unit.",
+            rich_help_panel=_HOST,
+        ),
+    ] = None,
+    initially_set: Annotated[
+        bool,
+        typer.Option(
+            "--initially-set/--no-initially-set",
+            help="Let a dirty log start with all pages set, where KVM can do that.",
+            rich_help_panel=_HOST,
+        ),
+    ] = True,
     detach: options.Detach = False,
     json: options.Json = False,
     lifeline: options.Lifeline = False,
@@ -136,6 +158,8 @@ def run(
         raise UsageError("--working-set, --rate, --write, --fill, --hot and --seed belong to --workload")
     if engine is options.Engine.SIMULATOR and kernel is not None:
         raise UsageError("the simulator runs no kernel: use --workload")
+    if dirty_ring is not None and (engine is options.Engine.SIMULATOR or restore is not None):
+        raise UsageError("--dirty-ring goes with a guest that is booted on KVM")
     if restore is not None and (append or initrd or paused):
         raise UsageError("--append, --initrd and --paused don't go with --restore: the guest goes on where it was")
     if workload is not None:
@@ -152,6 +176,8 @@ def run(
         cpu=cpu,
         paused=paused,
         engine=engine,
+        dirty_ring=ring_bytes(dirty_ring) if dirty_ring is not None else 0,
+        initially_set=initially_set,
     )
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
     if restore is not None and not is_detached():
@@ -168,6 +194,17 @@ def run(
         return
     code = run_loop(_host(Host(name, choice, json=json, lifeline=lifeline), request))
     raise typer.Exit(code)
+
+
+def ring_bytes(words: str) -> int:
+    """Return the bytes of ``--dirty-ring``; raises `UsageError` for what no KVM takes."""
+    size = int(words) * _ENTRY if words.isdecimal() and len(words) < 9 else options.size("--dirty-ring", words)
+    if size & (size - 1) or not _MIN_RING <= size <= _MAX_RING:
+        raise UsageError(
+            f"--dirty-ring {words}: it takes a power of two, {_MIN_RING // _ENTRY} to {_MAX_RING // _ENTRY} entries "
+            f"({format_size(_MIN_RING)} to {format_size(_MAX_RING)})"
+        )
+    return size
 
 
 async def _host(host: Host, request: Request) -> int:
@@ -206,7 +243,14 @@ async def _start(service: HostService, request: Request) -> None:
         from amig.host.images import image_path
         from amig.host.kvm_machine import KvmMachine, MachineConfig
 
-        config = MachineConfig(memory=request.memory, vcpus=request.vcpus, hugepages=request.hugepages, cpu=request.cpu)
+        config = MachineConfig(
+            memory=request.memory,
+            vcpus=request.vcpus,
+            hugepages=request.hugepages,
+            cpu=request.cpu,
+            dirty_ring=request.dirty_ring,
+            initially_set=request.initially_set,
+        )
         boot = BootConfig(kernel=request.kernel or image_path(), append=request.append, initrd=request.initrd)
         try:
             machine = await service.build(partial(KvmMachine.boot, sink=sink), config, boot)

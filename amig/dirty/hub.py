@@ -24,7 +24,7 @@ from amig import bitmap
 from amig.dirty.layout import Layout
 from amig.dirty.ledger import Account, Ledger
 from amig.dirty.log import KernelLog
-from amig.dirty.registry import best, offered, strategies
+from amig.dirty.registry import best, obstacle, offered, strategies
 from amig.dirty.strategy import Strategy
 from amig.errors import ControlError, UsageError
 from amig.guest import LogStarted
@@ -298,10 +298,8 @@ class DirtyLogHub:
         kind = strategies.get(name)
         if kind is None:
             raise ControlError(f"no dirty-log strategy is called {name!r}", code="unsupported")
-        if kind.manual and not abilities.manual_clear:
-            raise ControlError(
-                f"{name} needs KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.2): use {best(abilities)}", code="unsupported"
-            )
+        if why_not := obstacle(name, abilities):
+            raise ControlError(why_not, code="unsupported")
         if kind.unsafe and not unsafe:
             raise ControlError(f"{name} is known to lose pages and was not explicitly allowed", code="unsafe")
         if now:

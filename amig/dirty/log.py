@@ -21,6 +21,8 @@ class LogAbilities:
     """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: GET only reads, CLEAR clears."""
     initially_set: bool
     """KVM_DIRTY_LOG_INITIALLY_SET: a new log starts all ones and nothing is write-protected until cleared."""
+    ring: bool = False
+    """Dirty rings instead of bitmaps; `KernelLog.clear` may then clear more, of what GET has returned."""
 
 
 class KernelLog(Protocol):

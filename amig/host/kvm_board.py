@@ -62,13 +62,19 @@ def offered_cpuid(kvm: Kvm) -> tuple[CpuidEntry, ...]:
         return vcpu.get_cpuid2()
 
 
-def build(kvm: Kvm, memory: MappedMemory, model: CpuModel, vcpus: int) -> Board:
-    """Make the VM; raises `UsageError` for too many vCPUs, `KvmError`, with nothing left behind."""
+def build(kvm: Kvm, memory: MappedMemory, model: CpuModel, vcpus: int, *, dirty_ring: int = 0) -> Board:
+    """Make the VM, with dirty rings of so many bytes if that is not 0.
+
+    Raises `UsageError` for too many vCPUs and an impossible ring, `KvmUnavailable` where there are none, `KvmError`;
+    with nothing left behind.
+    """
     most = min(kvm.check_extension(Cap.MAX_VCPUS) or MAX_VCPUS, MAX_VCPUS)
     if not 1 <= vcpus <= most:
         raise UsageError(f"{vcpus} vCPUs: this host takes 1 to {most}")
     vm = kvm.create_vm()
     try:
+        if dirty_ring:
+            vm.enable_dirty_ring(dirty_ring)
         vm.set_identity_map_addr(layout.IDENTITY_MAP_ADDRESS)
         vm.set_tss_addr(layout.TSS_ADDRESS)
         vm.create_irqchip()

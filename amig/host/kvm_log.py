@@ -13,11 +13,13 @@ class KvmLog:
     """GET and CLEAR of a VM's slots; calls are serialised by the hub.
 
     Whether GET clears is a switch of the whole VM, so it is set when the first slot starts to log. ``initially_set``
-    asks for logs that start all ones (Linux 5.7): starting is then quick, and nothing is write-protected until it is
-    cleared.
+    asks for logs that start all ones, where the kernel can do that (Linux 5.7). Starting is then quick, nothing is
+    write-protected until it is cleared, and a page that is written before it was first sent is sent once: its bit is
+    in the log, and so cleared by the take that comes before the read. Without it such a page is sent twice, except by
+    the `exact` design.
     """
 
-    def __init__(self, vm: Vm, *, initially_set: bool = False) -> None:
+    def __init__(self, vm: Vm, *, initially_set: bool = True) -> None:
         self._vm = vm
         offered = ManualProtect(vm.check_extension(Cap.MANUAL_DIRTY_LOG_PROTECT2) & 3)
         manual = bool(offered & ManualProtect.ENABLE)
@@ -38,6 +40,7 @@ class KvmLog:
 
         `KvmUnavailable` when ``manual`` was asked for and this kernel lacks it.
         """
+        self._logging &= set(self._vm.regions)  # a slot that was deleted took its log with it
         if not self._logging:
             self._choose(manual=manual)
         elif manual != self._manual:

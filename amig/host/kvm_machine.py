@@ -17,6 +17,7 @@ from amig.host.kvm_log import KvmLog
 from amig.host.kvm_probe import check_kernels_run
 from amig.host.machine import Machine
 from amig.host.memory import MemfdMemory
+from amig.host.ring_log import RingLog
 from amig.host.serial import COM1_IRQ, Serial16550
 from amig.host.stopped import Stopped
 from amig.host.vcpu import VcpuThread
@@ -25,6 +26,7 @@ from amig.kvm import state as vcpu_state
 from amig.kvm.abi_numbers import Cap
 from amig.kvm.cpuid import CpuModel, compatible
 from amig.kvm.system import Kvm
+from amig.kvm.vcpu import Vcpu
 from amig.memory import MemoryMap
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,10 @@ class MachineConfig:
     """``host``, or ``host,-feature,...``."""
     wait_port: bool = True
     """Serve the port on which amig's own guest image sleeps; without it that image spins."""
-    initially_set: bool = False
-    """Let dirty logs start all ones (Linux 5.7)."""
+    initially_set: bool = True
+    """Let dirty logs start all ones where the kernel can do that (Linux 5.7)."""
+    dirty_ring: int = 0
+    """Bytes of each vCPU's dirty ring, a power of two; 0 logs by bitmap."""
 
 
 def _drop(data: bytes) -> None:
@@ -67,7 +71,8 @@ class KvmMachine:
         vcpus: int,
         wait_port: bool,
         sink: Sink = _drop,
-        initially_set: bool = False,
+        initially_set: bool = True,
+        dirty_ring: int = 0,
     ) -> None:
         """Build it, vCPUs not started; owns ``memory`` (not ``kvm``) unless it raises."""
         self.memory = memory
@@ -85,10 +90,17 @@ class KvmMachine:
         self._paused = True
         self._closed = False
         self._broken = ""
-        self._board = kvm_board.build(kvm, memory, model, vcpus)
+        self._board = kvm_board.build(kvm, memory, model, vcpus, dirty_ring=dirty_ring)
         self._vm = self._board.vm
         try:
-            self.log: KernelLog = KvmLog(self._vm, initially_set=initially_set)
+            self.log: KernelLog
+            ring_full: Callable[[Vcpu], None] | None = None
+            if dirty_ring:
+                ring_log = RingLog(self._vm, [v.dirty_ring for v in self._board.vcpus if v.dirty_ring is not None])
+                ring_full = ring_log.full
+                self.log = ring_log
+            else:
+                self.log = KvmLog(self._vm, initially_set=initially_set)
             self._com1 = Serial16550(irq=self._com1_interrupt, sink=sink)
             self._power = platform.PowerManagement()
             ports, mmio = PortBus(), MmioBus()
@@ -96,7 +108,14 @@ class KvmMachine:
                 ports, com1=self._com1, power=self._power, on_workload_end=self._workload_ended, wait_port=wait_port
             )
             self._threads = tuple(
-                VcpuThread(vcpu, ports, mmio, on_stopped=self._vcpu_stopped, read_memory=self._peek)
+                VcpuThread(
+                    vcpu,
+                    ports,
+                    mmio,
+                    on_stopped=self._vcpu_stopped,
+                    on_dirty_ring_full=ring_full,
+                    read_memory=self._peek,
+                )
                 for vcpu in self._board.vcpus
             )
         except BaseException:
@@ -118,6 +137,7 @@ class KvmMachine:
             machine = cls(
                 kvm=kvm, memory=memory, model=model, vcpus=config.vcpus,
                 wait_port=config.wait_port, sink=sink, initially_set=config.initially_set,
+                dirty_ring=config.dirty_ring,
             )  # fmt: skip
             undo.callback(machine.close)
             machine._load_kernel(kvm, boot, image)
@@ -132,7 +152,8 @@ class KvmMachine:
         *,
         hugepages: bool = False,
         sink: Sink = _drop,
-        initially_set: bool = False,
+        initially_set: bool = True,
+        dirty_ring: int = 0,
     ) -> KvmMachine:
         """Build a machine like the one that `describe` described, to be filled and ``load``-ed.
 
@@ -148,6 +169,7 @@ class KvmMachine:
                 machine = cls(
                     kvm=kvm, memory=memory, model=wanted.model(), vcpus=wanted.vcpus,
                     wait_port=kvm_state.WAIT_PORT_DEVICE in wanted.devices, sink=sink, initially_set=initially_set,
+                    dirty_ring=dirty_ring,
                 )  # fmt: skip
                 undo.callback(machine.close)
             except (UsageError, KvmError) as error:

@@ -183,7 +183,14 @@ class Vm(DirtyLogCalls, Handle):
             raise UsageError(f"a dirty ring takes a power of two from {PAGE} to {most} bytes here, not {size}")
         if self._vcpus:
             raise UsageError("the dirty ring must be chosen before the first vCPU is created")
-        self.enable_cap(cap, size)
+        try:
+            self.enable_cap(cap, size)
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Entries are kept in reserve for those that a processor logs by itself before it can be stopped.
+            text = f"this processor needs a larger dirty ring than {size} bytes: try {16 * PAGE}"
+            raise UsageError(text) from error
         self.ring_bytes = size
 
     def reset_dirty_rings(self) -> int:
