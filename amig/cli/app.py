@@ -32,7 +32,7 @@ OVERVIEW = """Live migration of real KVM guests.
 
 [bold]Exit codes[/bold]
 
-0 done, 2 wrong usage, 10-11 KVM, 20-21 the guest, 30-33 its host, 40-46 the migration, 50 a snapshot, 130 cancelled.
+0 done, 2 wrong usage, 10-19 KVM, 20-29 the guest, 30-39 its host, 40-49 the migration, 50 a snapshot, 130 cancelled.
 """
 
 app = typer.Typer(
@@ -100,10 +100,11 @@ def _main(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
+    Settings.debug = False
     Settings.arguments = sys.argv[1:] if arguments is None else arguments
-    for name in _MODULES:
-        import_module(f"amig.cli.{name}")
     try:
+        for name in _MODULES:
+            import_module(f"amig.cli.{name}")
         app(args=list(Settings.arguments), prog_name="amig")
     except AmigError as error:
         _fail(error, str(error) or type(error).__name__, error.exit_code)

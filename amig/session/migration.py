@@ -133,6 +133,7 @@ class Migration:
             raise UsageError("--stop is for snapshots: a guest that moves to a peer stops here anyway")
         guest = self._source if not isinstance(self._source, str) else await open_source(self._source)
         self._guest = guest
+        ended: BaseException | None = None
         try:
             await self._announce(guest, destination)
             self._throttle = RateLimiter(self._limits.bandwidth)
@@ -148,8 +149,11 @@ class Migration:
                 release=RELEASE,
             )
             await self._session.run()
+        except BaseException as error:
+            ended = error
+            raise
         finally:
-            await asyncio.shield(self._leave(guest))
+            await asyncio.shield(self._leave(guest, ended))
 
     async def _announce(self, guest: Guest, destination: Destination) -> None:
         begin = getattr(guest, "migration_begin", None)
@@ -157,12 +161,14 @@ class Migration:
             await begin(self.id, destination.address)
         guest.on_cancel = lambda _: self.cancel()  # type: ignore[attr-defined]
 
-    async def _leave(self, guest: Guest) -> None:
+    async def _leave(self, guest: Guest, error: BaseException | None) -> None:
         end = getattr(guest, "migration_end", None)
         state = self._session.state if self._session else State.FAILED
+        if not state.final:
+            state = State.CANCELLED if isinstance(error, asyncio.CancelledError) else State.FAILED
         if end is not None:
             with contextlib.suppress(AmigError):
-                await end(str(state) if state.final else "failed")
+                await end(str(state), str(error)[:4096] if state is State.FAILED and error is not None else "")
         await guest.close()
 
     # --- steering ----------------------------------------------------------------------------------------------------
