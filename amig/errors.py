@@ -18,7 +18,8 @@
     │   ├── LinkLost               43   the connection ended before the migration did
     │   ├── NotConverging          44   the time limit was reached and `--on-timeout cancel` was asked for
     │   ├── VerifyFailed           45   the destination's memory or state is not what was sent
-    │   └── InDoubt                46   the answer to COMMIT was lost: the text says which side may run
+    │   ├── InDoubt                46   the answer to COMMIT was lost: the text says which side may run
+    │   └── Untrusted              47   one side did not prove to be who it should be: certificate, pairing secret
     ├── SnapshotError              50   a snapshot file can't be written or read
     └── Cancelled                 130   the migration was cancelled; the source runs on
 
@@ -143,6 +144,12 @@ class InDoubt(MigrationError):
     """COMMIT was sent and its answer was lost; the text says which side may run and how to resolve it."""
 
     exit_code = 46
+
+
+class Untrusted(MigrationError):
+    """One side did not prove to be who it should be, so nothing was sent or taken; trying again does not help."""
+
+    exit_code = 47
 
 
 class SnapshotError(AmigError):

@@ -451,7 +451,7 @@ def test_names_are_resolved(run):
         far.abort()
         await listener.close()
         with pytest.raises(HostError, match="can't be resolved"):
-            await transport.connect(f"tcp://{'x' * 70}.invalid:1")
+            await transport.connect(f"tcp://{'x' * 70}.invalid:1", transport.LinkOptions(insecure=True))
 
     run(main())
 
@@ -491,7 +491,7 @@ def test_a_taken_port_is_said(run):
             await transport.listen(listener.address)
         await listener.close()
         with pytest.raises(HostError, match="can't listen on"):
-            await transport.listen("tcp://192.0.2.1:0")
+            await transport.listen("tcp://192.0.2.1:0", transport.LinkOptions(insecure=True))
 
     run(main())
 

@@ -10,6 +10,7 @@ from amig.session.destination import Destination
 from amig.session.peer import Peer
 from amig.session.snapshot import SnapshotFile
 from amig.session.snapshot_guest import SnapshotGuest
+from amig.transport import Dialer, LinkOptions
 from amig.transport.address import FileAddress, parse
 
 
@@ -22,11 +23,23 @@ async def open_source(source: str) -> Guest:
     return await open_guest(source, client="amig migrate")
 
 
-def open_destination(address: str, policy: Policy) -> Destination:
+def shown(address: str) -> str:
+    """Return an address as it may be shown and kept: without the secret of a pairing."""
+    try:
+        return str(parse(address))
+    except UsageError:
+        return address.partition("#")[0]
+
+
+def open_destination(address: str, policy: Policy, link: LinkOptions | None = None) -> Destination:
     """Return the destination that ``address`` names; nothing is reached yet. Raises `UsageError`."""
     parsed = parse(address)
     if isinstance(parsed, FileAddress):
         if policy.streams > 1:
             raise UsageError("a snapshot file is one stream: leave --streams out")
         return SnapshotFile(parsed.path)
-    return Peer(str(parsed), connect_timeout=policy.connect_timeout, handover_timeout=policy.handover_timeout)
+    dialer = Dialer(parsed, link)
+    most = dialer.max_connections
+    if most is not None and policy.streams > most:
+        raise UsageError(f"{dialer.address} is one connection: leave --streams out, or use tls://")
+    return Peer(dialer, connect_timeout=policy.connect_timeout, handover_timeout=policy.handover_timeout)

@@ -180,6 +180,7 @@ class Inbound:
                 message = await link.receive()
                 if (
                     isinstance(message, Join)
+                    and hmac.compare_digest(link.connection.identity, self._link.connection.identity)
                     and message.stream in waiting
                     and message.migration == hello.migration
                     and hmac.compare_digest(message.token, token)

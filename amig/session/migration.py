@@ -15,10 +15,11 @@ from amig.events import ByteCounts, Event, PageCounts, Progress, Result, State, 
 from amig.guest import Guest
 from amig.policy import Limits, Policy
 from amig.session.destination import Destination
-from amig.session.endpoints import open_destination, open_source
+from amig.session.endpoints import open_destination, open_source, shown
 from amig.session.events import EventStream
 from amig.session.release import RELEASE
 from amig.session.source import SourceSession
+from amig.transport import LinkOptions
 from amig.transport.rate import RateLimiter
 
 
@@ -48,14 +49,19 @@ class Migration:
         policy: Policy | None = None,
         *,
         stop: bool = False,
+        link: LinkOptions | None = None,
         id: str | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        """``on_event`` is called with every event at once, progress included; it must not block."""
+        """``on_event`` is called with every event at once, progress included; it must not block.
+
+        ``link`` has the certificates for ``tls://``, and says whether plain TCP may leave this machine.
+        """
         self.policy = policy or Policy()
         self.id = id or uuid.uuid4().hex
         self._source = source
         self._destination = destination
+        self._link = link
         self._stop = stop
         self._on_event = on_event
         self._limits = Limits.of(self.policy)
@@ -128,7 +134,7 @@ class Migration:
         self._tell(StateChanged(state=State.CONNECTING))
         destination = self._destination
         if isinstance(destination, str):
-            destination = open_destination(destination, self.policy)
+            destination = open_destination(destination, self.policy, self._link)
         if self._stop and not destination.one_way:
             raise UsageError("--stop is for snapshots: a guest that moves to a peer stops here anyway")
         guest = self._source if not isinstance(self._source, str) else await open_source(self._source)
@@ -237,7 +243,9 @@ class Migration:
             "exit_code": error.exit_code if isinstance(error, AmigError) else int(error is not None),
             "id": self.id,
             "source": self._source if isinstance(self._source, str) else self._source.info.name,
-            "destination": self._destination if isinstance(self._destination, str) else self._destination.address,
+            "destination": (
+                shown(self._destination) if isinstance(self._destination, str) else self._destination.address
+            ),
             "total_ms": round(self._took * 1e3, 3),
             "chunk_bytes": self.policy.chunk,
             "streams": self.policy.streams,

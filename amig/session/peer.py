@@ -11,7 +11,7 @@ from amig.guest import Outcome
 from amig.session.destination import Placed
 from amig.session.streams import StreamSink
 from amig.stages.send import BlockSink
-from amig.transport import connect
+from amig.transport import Dialer
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
@@ -43,8 +43,9 @@ class Peer:
 
     one_way = False
 
-    def __init__(self, address: str, *, connect_timeout: float, handover_timeout: float) -> None:
-        self.address = address
+    def __init__(self, dialer: Dialer, *, connect_timeout: float, handover_timeout: float) -> None:
+        self.address = dialer.address
+        self._dialer = dialer
         self._connect_timeout = connect_timeout
         self._handover_timeout = handover_timeout
         self._links: list[FramedConnection] = []
@@ -89,7 +90,7 @@ class Peer:
         return answer.identity
 
     async def _connect(self, protocol: SourceProtocol) -> FramedConnection:
-        link = FramedConnection(await connect(self.address, timeout=self._connect_timeout), protocol)
+        link = FramedConnection(await self._dialer.connect(timeout=self._connect_timeout), protocol)
         self._links.append(link)
         return link
 

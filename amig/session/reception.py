@@ -19,7 +19,10 @@ from amig.session.inbound import Inbound, Phase
 from amig.session.release import RELEASE
 from amig.session.restore import restore
 from amig.sim.guest import SimMachine
-from amig.transport import Connection, Listener, listen
+from amig.transport import Connection, LinkOptions, Listener, listen
+from amig.transport.address import TlsAddress, parse_socket
+from amig.transport.pairing import PairingHost, PairingListener
+from amig.transport.stdio import StdioListener
 
 _log = logging.getLogger(__name__)
 
@@ -46,25 +49,36 @@ class Reception:
     From entering to leaving the name is taken and its control socket answers, with state ``incoming`` at first. An
     attempt that fails is discarded and the next one is waited for; with ``once`` it is raised. Leaving the block stops
     the guest if it runs.
+
+    With ``pairing`` (docs/security.md) nothing needs to be set up on either side: `invitation` is an address with a
+    secret for one use, to be shown to whoever starts the migration. It admits one source, so one attempt is all there
+    is, as with ``once``.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Listener,
         *,
         name: str,
         sinks: tuple[Sink, ...] = (),
         once: bool = False,
+        link: LinkOptions | None = None,
+        pairing: PairingHost | None = None,
         hugepages: bool = False,
         workers: int = 1,
         on_phase: Callable[[Phase], None] = lambda _: None,
         on_failure: Callable[[AmigError], None] = lambda _: None,
     ) -> None:
-        """``workers`` threads decompress; ``on_failure`` hears of attempts that failed."""
+        """``workers`` threads decompress; ``on_failure`` hears of attempts that failed.
+
+        ``link`` has the certificates for ``tls://``, and says whether plain TCP is accepted from elsewhere.
+        """
         self._where = address
+        self._link = link
+        self._pairing = pairing
         self._name = name
         self._sinks = sinks
-        self._once = once
+        self._once = once or pairing is not None
         self._hugepages = hugepages
         self._workers = workers
         self._on_phase = on_phase
@@ -80,10 +94,17 @@ class Reception:
             raise UsageError("enter the reception first: async with amig.Reception(…) as reception")
         return self._listener.address
 
+    @property
+    def invitation(self) -> str:
+        """The address for the other side. With ``pairing`` there is a secret in it: show it, but keep it nowhere."""
+        if isinstance(self._listener, PairingListener):
+            return self._listener.invitation().reveal()
+        return self.address
+
     async def __aenter__(self) -> Reception:
         await self.service.__aenter__()
         try:
-            self._listener = await listen(self._where)
+            self._listener = await self._listen()
         except BaseException as error:
             await self.service.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -101,6 +122,16 @@ class Reception:
         finally:
             await self._listener.close()
             await self.service.__aexit__(kind, error, trace)
+
+    async def _listen(self) -> Listener:
+        if not isinstance(self._where, str):
+            return self._where
+        if self._pairing is None:
+            return await listen(self._where, self._link)
+        where = parse_socket(self._where)
+        if not isinstance(where, TlsAddress):
+            raise UsageError(f"pairing needs tls://HOST:PORT to listen on, not {where}")
+        return await self._pairing.listen(where)
 
     async def arrived(self) -> None:
         """Wait until a guest runs here. Raises the attempt's error with ``once``, else waits for the next attempt."""
@@ -133,7 +164,7 @@ class Reception:
     async def _attempt(self, connection: Connection, listener: Listener) -> None:
         inbound = Inbound(
             connection,
-            listener,
+            None if isinstance(listener, StdioListener) else listener,
             self.service.incoming(builders(self.service, hugepages=self._hugepages)),
             release=RELEASE,
             name=self._name,

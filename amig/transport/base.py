@@ -13,15 +13,19 @@ class Connection(Protocol):
 
     @property
     def gathers(self) -> bool:
-        """Whether ``send`` reads each buffer once, so that one which changes meanwhile does no harm (no TLS, no sum)."""
+        """Whether ``send`` reads each buffer once, so that one which changes meanwhile does no harm: no TLS, no sum."""
 
     @property
     def peer(self) -> str:
         """Who is at the other end, for people."""
 
     @property
+    def identity(self) -> bytes:
+        """What the peer has proved to be, the same on each of its connections; empty where nothing is proved."""
+
+    @property
     def bytes_sent(self) -> int:
-        """Bytes that the kernel has taken from us."""
+        """Bytes that the kernel has taken from us, before encryption."""
 
     @property
     def bytes_received(self) -> int:

@@ -51,6 +51,11 @@ class _File:
         """The file's address."""
         return f"file:{self._path}"
 
+    @property
+    def identity(self) -> bytes:
+        """Empty: a file proves nothing."""
+        return b""
+
     def outstanding(self) -> int | None:
         """Unknown for a file."""
         return None

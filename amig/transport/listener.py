@@ -8,24 +8,26 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from amig.errors import HostError
 from amig.transport.sock import SocketConnection
+
+C = TypeVar("C", bound=SocketConnection)
 
 _PASSING: Final = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
 _FULL: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _FULL_PAUSE: Final = 0.1
 
 
-class SocketListener:
+class SocketListener(Generic[C]):
     """`Listener` over a bound, listening socket, which it owns."""
 
     def __init__(
         self,
         sock: socket.socket,
         address: str,
-        wrap: Callable[[socket.socket, Any], SocketConnection],
+        wrap: Callable[[socket.socket, Any], C],
         *,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -43,7 +45,7 @@ class SocketListener:
         """Where it listens, with the real port."""
         return self._address
 
-    async def accept(self) -> SocketConnection:
+    async def accept(self) -> C:
         """Return the next connection; cancelling loses none, since one is taken only after the last wait."""
         if self._waiter is not None:
             raise RuntimeError("two tasks accept on one listener at the same time")

@@ -36,7 +36,7 @@ class SocketConnection:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._fd = sock.fileno()
+        self._fd = self._out_fd = sock.fileno()
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         self._peer = peer
         self._loop = asyncio.get_running_loop()
@@ -60,6 +60,11 @@ class SocketConnection:
     def peer(self) -> str:
         """Who is at the other end, for people."""
         return self._peer
+
+    @property
+    def identity(self) -> bytes:
+        """Empty: nothing is proved here."""
+        return b""
 
     @property
     def bytes_sent(self) -> int:
@@ -142,8 +147,8 @@ class SocketConnection:
         closed = "it was closed on this side"
         self._send_broken = self._send_broken or closed
         self._recv_broken = self._recv_broken or closed
-        self._forget(self._loop.remove_reader)
-        self._forget(self._loop.remove_writer)
+        self._forget(self._fd, self._loop.remove_reader)
+        self._forget(self._out_fd, self._loop.remove_writer)
         self._fd = -1
         self._sock.close()
         for waiter in self._waiting:
@@ -229,29 +234,29 @@ class SocketConnection:
             await asyncio.sleep(0)
 
     async def _writable(self) -> None:
-        await self._wait(self._loop.add_writer, self._loop.remove_writer)
+        await self._wait(self._out_fd, self._loop.add_writer, self._loop.remove_writer)
 
     async def _readable(self) -> None:
-        await self._wait(self._loop.add_reader, self._loop.remove_reader)
+        await self._wait(self._fd, self._loop.add_reader, self._loop.remove_reader)
 
-    async def _wait(self, add: Callable[..., object], remove: Callable[[int], object]) -> None:
+    async def _wait(self, fd: int, add: Callable[..., object], remove: Callable[[int], object]) -> None:
         if self._fd < 0:
             raise self._gone(self._recv_broken)
         waiter = self._loop.create_future()
         self._waiting.add(waiter)
-        add(self._fd, _wake, waiter)
+        add(fd, _wake, waiter)
         try:
             await waiter
         finally:
             self._waiting.discard(waiter)
-            self._forget(remove)
+            self._forget(fd, remove)
         self._budget = YIELD_BYTES
         self._calls = YIELD_CALLS
 
-    def _forget(self, remove: Callable[[int], object]) -> None:
+    def _forget(self, fd: int, remove: Callable[[int], object]) -> None:
         if self._fd >= 0:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is watched any more
-                remove(self._fd)
+                remove(fd)
 
     def _usable(self, broken: str) -> None:
         if broken:

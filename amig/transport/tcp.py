@@ -7,10 +7,11 @@ import contextlib
 import errno
 import os
 import socket
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from amig.errors import HostError, LinkLost
-from amig.transport.address import TcpAddress
+from amig.transport.address import TcpAddress, TlsAddress
 from amig.transport.listener import SocketListener
 from amig.transport.sock import SocketConnection
 
@@ -29,16 +30,22 @@ _OPTIONS: Final = (
 # tcp_rmem) than a process may ask for (wmem_max).
 
 _Info = tuple[Any, ...]
+C = TypeVar("C", bound=SocketConnection)
 
 
 async def connect(address: TcpAddress, *, timeout: float) -> SocketConnection:
     """Connect; tries every address of the name in turn. Raises `LinkLost` within ``timeout`` seconds."""
+    return await connect_as(address, SocketConnection, timeout=timeout)
+
+
+async def connect_as(address: TcpAddress | TlsAddress, wrap: Callable[[socket.socket, str], C], *, timeout: float) -> C:
+    """Connect, and return what ``wrap`` makes of the socket; raises as `connect` does."""
     problem = ""
     try:
         async with asyncio.timeout(timeout):
             for info in await _resolve(address, passive=False):
                 try:
-                    return await _connect_one(info, address)
+                    return await _connect_one(info, address, wrap)
                 except OSError as err:
                     problem = _explain(err, address)
     except TimeoutError:
@@ -49,8 +56,13 @@ async def connect(address: TcpAddress, *, timeout: float) -> SocketConnection:
     raise LinkLost(problem)
 
 
-async def listen(address: TcpAddress) -> SocketListener:
+async def listen(address: TcpAddress) -> SocketListener[SocketConnection]:
     """Listen; port 0 takes a free one. Raises `HostError` when the address can't be had."""
+    return await listen_as(address, _accepted)
+
+
+async def listen_as(address: TcpAddress | TlsAddress, wrap: Callable[[socket.socket, Any], C]) -> SocketListener[C]:
+    """Listen for what ``wrap`` makes of the sockets that come; raises as `listen` does."""
     info = (await _resolve(address, passive=True))[0]
     sock = socket.socket(info[0], socket.SOCK_STREAM)
     try:
@@ -62,11 +74,11 @@ async def listen(address: TcpAddress) -> SocketListener:
         if err.errno == errno.EADDRINUSE:
             raise HostError(f"{address} is taken by another program: choose another port, or 0 for a free one") from err
         raise HostError(f"can't listen on {address}: {os.strerror(err.errno or 0)}") from err
-    here = TcpAddress(host=address.host, port=sock.getsockname()[1])
-    return SocketListener(sock, str(here), _accepted)
+    here = type(address)(host=address.host, port=sock.getsockname()[1])
+    return SocketListener(sock, str(here), wrap)
 
 
-async def _resolve(address: TcpAddress, *, passive: bool) -> list[_Info]:
+async def _resolve(address: TcpAddress | TlsAddress, *, passive: bool) -> list[_Info]:
     flags = socket.AI_PASSIVE if passive else 0
     with contextlib.suppress(socket.gaierror, UnicodeError):  # a number needs no resolver and no thread
         return list(
@@ -82,14 +94,14 @@ async def _resolve(address: TcpAddress, *, passive: bool) -> list[_Info]:
     return list(found)
 
 
-async def _connect_one(info: _Info, address: TcpAddress) -> SocketConnection:
+async def _connect_one(info: _Info, address: TcpAddress | TlsAddress, wrap: Callable[[socket.socket, str], C]) -> C:
     sock = socket.socket(info[0], socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        _tune(sock)
+        tune(sock)
         await asyncio.get_running_loop().sock_connect(sock, info[4])
         _refuse_itself(sock)
-        return SocketConnection(sock, str(address))
+        return wrap(sock, str(address))
     except BaseException:
         sock.close()
         raise
@@ -102,16 +114,17 @@ def _refuse_itself(sock: socket.socket) -> None:
 
 
 def _accepted(sock: socket.socket, name: Any) -> SocketConnection:
-    _tune(sock)
+    tune(sock)
     return SocketConnection(sock, str(TcpAddress(host=name[0], port=name[1])))
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
+    """Set what a connection of ours needs: small frames go at once, and a dead peer is noticed."""
     for level, option, value in _OPTIONS:
         sock.setsockopt(level, option, value)
 
 
-def _explain(err: OSError, address: TcpAddress) -> str:
+def _explain(err: OSError, address: TcpAddress | TlsAddress) -> str:
     if err.errno == errno.ECONNREFUSED:
         return f"nobody listens at {address}: start `amig receive {address}` there"
     return f"can't connect to {address}: {os.strerror(err.errno) if err.errno else err}"

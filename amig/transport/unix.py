@@ -43,7 +43,7 @@ async def connect(address: UnixAddress, *, timeout: float) -> SocketConnection:
         raise
 
 
-async def listen(address: UnixAddress) -> SocketListener:
+async def listen(address: UnixAddress) -> SocketListener[SocketConnection]:
     """Listen on a socket with mode 0600; one that was left behind by a dead process is replaced.
 
     Raises `HostError` when somebody listens there, or when what lies there is not a socket.
