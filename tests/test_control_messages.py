@@ -45,6 +45,9 @@ REQUESTS = [
     rq.ConsoleAttach(id=21, replay=False),
     rq.ConsoleInput(id=22, data=b"ls\r"),
     rq.ConsoleDetach(id=23),
+    rq.VhostAttach(id=25),
+    rq.VhostStopped(id=26, number=3),
+    rq.VhostDetach(id=27),
 ]
 FROM_HOST = [
     rp.Ok(id=1),
@@ -57,6 +60,9 @@ FROM_HOST = [
     rp.CancelRequested(migration=ID),
     rp.ConsoleOutput(data=b"login:", dropped=3),
     rp.GuestEnded(state=RunState.STOPPED, reason="moved"),
+    rp.VhostIsAttached(id=8, memory=types.WireMap(generation=1, regions=(), slots=()), log_bytes=4096, running=True),
+    rp.VhostStop(number=3),
+    rp.VhostRun(),
 ]
 
 

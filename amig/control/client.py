@@ -85,9 +85,12 @@ class SocketGuest:
 
     # --- the dirty log -----------------------------------------------------------------------------------------------
 
-    async def log_start(self, strategy: str | None) -> LogStarted:
-        """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this connection is a user already."""
-        reply, fds = await self._link.request(rq.LogStart(strategy=strategy), rp.LogIsOn)
+    async def log_start(self, strategy: str | None, *, apart: bool = False) -> LogStarted:
+        """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this connection is a user already.
+
+        ``apart`` is for a user that counts: see `take_apart`.
+        """
+        reply, fds = await self._link.request(rq.LogStart(strategy=strategy, apart=apart), rp.LogIsOn)
         try:
             _expect(fds, 2)
             bitmaps = BitmapReader(fds[0], reply.bitmaps, self._info.memory)
@@ -113,11 +116,19 @@ class SocketGuest:
         Several calls may be under way: that is how the next chunk is prefetched.
         """
         _, takes = self._log()
-        words, cancelled = await takes.take(region, first, count)
+        (words, _), cancelled = await takes.take(region, first, count)
         if cancelled is not None:
             await finish(asyncio.ensure_future(self._return(region, first, words)))
             raise cancelled
         return words
+
+    async def take_apart(self, region: int, first: int, count: int) -> tuple[Words, int]:
+        """As `take_and_clear`, and how many of the pages are only possibly dirty; what it took is not given back."""
+        _, takes = self._log()
+        taken, cancelled = await takes.take(region, first, count)
+        if cancelled is not None:
+            raise cancelled
+        return taken
 
     async def give_back(self, region: int, first: int, taken: Words) -> None:
         """See `amig.guest.Guest.give_back`; large ranges go in several messages."""

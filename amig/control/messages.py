@@ -41,6 +41,9 @@ AnyRequest = (
     | rq.ConsoleAttach
     | rq.ConsoleInput
     | rq.ConsoleDetach
+    | rq.VhostAttach
+    | rq.VhostStopped
+    | rq.VhostDetach
 )
 AnyFromHost = (
     rp.Ok
@@ -53,6 +56,9 @@ AnyFromHost = (
     | rp.CancelRequested
     | rp.ConsoleOutput
     | rp.GuestEnded
+    | rp.VhostIsAttached
+    | rp.VhostStop
+    | rp.VhostRun
 )
 
 _encoder = msgspec.msgpack.Encoder()

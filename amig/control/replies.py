@@ -68,6 +68,15 @@ class LogIsOn(Reply, frozen=True, kw_only=True):
     bitmaps: Annotated[tuple[BitmapPlace, ...], Meta(max_length=MAX_REGIONS)]
 
 
+class VhostIsAttached(Reply, frozen=True, kw_only=True):
+    """Descriptors come along: memory, one a region in the order of ``memory.regions``, then the shared log."""
+
+    memory: WireMap
+    log_bytes: U64
+    running: bool
+    """Whether this backend may write now; else it waits for ``vhost-run``."""
+
+
 class Saved(Reply, frozen=True, kw_only=True):
     """Device and vCPU state."""
 
@@ -125,6 +134,16 @@ class CancelRequested(Notice, frozen=True, kw_only=True):
     """An operator wants the migration of this connection cancelled."""
 
     migration: Text
+
+
+class VhostStop(Notice, frozen=True, kw_only=True):
+    """The guest is being paused: write no more, log what was written, and say ``vhost-stopped`` with this number."""
+
+    number: U64
+
+
+class VhostRun(Notice, frozen=True, kw_only=True):
+    """The guest runs: this backend may write."""
 
 
 class ConsoleOutput(Notice, frozen=True, kw_only=True):

@@ -35,6 +35,8 @@ class LogStart(Request, frozen=True, kw_only=True):
     """Become a user of the dirty log; the reply brings the shared bitmaps and the take socket."""
 
     strategy: Short | None = None
+    apart: bool = False
+    """Count pages that are only possibly dirty apart; see the reply of a take."""
 
 
 class Sync(Request, frozen=True, kw_only=True):
@@ -152,3 +154,17 @@ class ConsoleInput(Request, frozen=True, kw_only=True):
 
 class ConsoleDetach(Request, frozen=True, kw_only=True):
     """No more ``console-output``."""
+
+
+class VhostAttach(Request, frozen=True, kw_only=True):
+    """Become a device backend: get guest memory, writable, and the log that all backends share."""
+
+
+class VhostStopped(Request, frozen=True, kw_only=True):
+    """The backend rests, its last write is logged; ``number`` is that of the ``vhost-stop``."""
+
+    number: U64
+
+
+class VhostDetach(Request, frozen=True, kw_only=True):
+    """The backend has written and logged for the last time."""

@@ -28,7 +28,7 @@ from amig.memory import WORD_PAGES, MemoryMap, Words
 REQUEST = struct.Struct("<IIQQQQ")
 """op, region, first page, pages, generation, sequence."""
 REPLY = struct.Struct("<QIIQ")
-"""sequence, status, 0, pages taken; UTF-8 text of an error may follow."""
+"""sequence, status, pages only possibly dirty, pages taken; UTF-8 text of an error may follow."""
 
 OP_TAKE = 1
 MAX_OUTSTANDING = 16
@@ -72,8 +72,11 @@ def check_range(memory: MemoryMap, region: int, first: int, count: int) -> None:
 class Taker(Protocol):
     """The part of `amig.dirty.log.LogUser` that this file needs."""
 
-    def take_and_clear(self, region: int, first: int, count: int, generation: int) -> Words:
-        """Take the pending bits of a range and clear them in the kernel, as one atomic step."""
+    def take_apart(self, region: int, first: int, count: int, generation: int) -> tuple[Words, Words]:
+        """Take the pending bits of a range and clear them in the kernel, as one atomic step.
+
+        The second bitmap has those that are only possibly dirty.
+        """
 
 
 class TakeServer:
@@ -117,7 +120,7 @@ class TakeServer:
             return REPLY.pack(sequence, Status.BAD_REQUEST, 0, 0) + b"an unknown operation on the take socket"
         try:
             check_range(self._memory, region, first, count)
-            words = self._user.take_and_clear(region, first, count, generation)
+            words, possible = self._user.take_apart(region, first, count, generation)
         except Exception as error:  # whatever went wrong, the migrator has to hear of it and this thread goes on
             if not isinstance(error, AmigError):
                 _log.exception("take-and-clear failed")
@@ -125,7 +128,11 @@ class TakeServer:
             return REPLY.pack(sequence, status, 0, 0) + str(error).encode()[:MAX_ERROR_TEXT]
         start = first // WORD_PAGES
         self._bitmaps.taken[region][start : start + len(words)] = words
-        return REPLY.pack(sequence, Status.OK, 0, count_bits(words))
+        return REPLY.pack(sequence, Status.OK, min(count_bits(possible), 2**32 - 1), count_bits(words))
+
+
+Taken = tuple[Words, int]
+"""The pages taken, and how many of them are only possibly dirty."""
 
 
 @dataclass(slots=True)
@@ -134,7 +141,7 @@ class _Call:
     region: int
     first: int
     words: int
-    done: asyncio.Future[Words]
+    done: asyncio.Future[Taken]
 
 
 class TakeClient:
@@ -156,7 +163,7 @@ class TakeClient:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._read)
 
-    async def take(self, region: int, first: int, count: int) -> tuple[Words, asyncio.CancelledError | None]:
+    async def take(self, region: int, first: int, count: int) -> tuple[Taken, asyncio.CancelledError | None]:
         """Take a range; see `amig.guest.Guest.take_and_clear`.
 
         A call under way is waited for even when cancelled: then the cancellation is returned beside the words, which
@@ -209,14 +216,14 @@ class TakeClient:
     def _answered(self, packet: bytes) -> bool:
         if len(packet) < REPLY.size or not self._calls:
             return False
-        sequence, status, _, _ = REPLY.unpack_from(packet)
+        sequence, status, possible, _ = REPLY.unpack_from(packet)
         call = self._calls.popleft()
         if sequence != call.sequence:
             self._calls.appendleft(call)
             return False
         if status == Status.OK:
             taken = self._bitmaps.taken[call.region][call.first : call.first + call.words]
-            call.done.set_result(taken)
+            call.done.set_result((taken, possible))
         else:
             code = _CODES.get(status, "error") if status in Status else "error"
             text = packet[REPLY.size :].decode(errors="replace")

@@ -21,14 +21,14 @@ from time import perf_counter_ns
 import numpy as np
 
 from amig import bitmap
-from amig.dirty.layout import Layout
+from amig.dirty.layout import Layout, start
 from amig.dirty.ledger import Account, Ledger
-from amig.dirty.log import KernelLog
+from amig.dirty.log import ExternalLog, KernelLog
 from amig.dirty.registry import best, obstacle, offered, strategies
 from amig.dirty.strategy import Strategy
 from amig.errors import ControlError, UsageError
 from amig.guest import LogStarted
-from amig.memory import MemoryMap, Slot, Words
+from amig.memory import PAGE_SIZE, WORD_PAGES, MemoryMap, Slot, Words
 
 MAX_USERS = 16
 """Users of one log at a time; each costs a bitmap of the guest, and a second one once it has synced."""
@@ -51,6 +51,8 @@ class LogCounters:
     """Set bits given to CLEAR; a page seen through two slots counts once for each."""
     pages_marked: int = 0
     """By writes from the host's side."""
+    pages_logged: int = 0
+    """By other processes, in logs of their own; a page counts each time it is found there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,23 @@ class HubUser:
         since ``generation``, ``bad-range``, ``not-a-user``, ``log-failed``; and `KvmError`, which leaves the bits
         pending.
         """
-        return self._hub.take(self._account, region, first, count, generation)
+        return self._hub.take(self._account, region, first, count, generation)[0]
+
+    def take_apart(self, region: int, first: int, count: int, generation: int) -> tuple[Words, Words]:
+        """As `take_and_clear`; the second bitmap has those of the pages that are only *possibly* dirty.
+
+        That is what was owed to this user because another cleared it (the `exact` design), and what was pending from
+        the start on. For users that count, opened with ``apart``; for others the second bitmap is empty.
+        """
+        taken, possible = self._hub.take(self._account, region, first, count, generation)
+        return taken, np.zeros_like(taken) if possible is None else possible
+
+    def look(self, region: int, first: int, count: int, generation: int) -> Words:
+        """Sync and take a small range in one step, as a display does many times a second; see `take_and_clear`.
+
+        Asks the kernel only for the slots that show the range. Other users get what that brought.
+        """
+        return self._hub.look(self._account, region, first, count, generation)
 
     def give_back(self, region: int, first: int, taken: Words) -> None:
         """Return bits that were taken but not delivered (rule 9); those of memory that has gone are dropped.
@@ -118,6 +136,7 @@ class DirtyLogHub:
         self._layout = Layout(memory_map)
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+        self._sources: list[ExternalLog] = []
         self._failed = ""
         self.counters = LogCounters()
         """Written under the lock only; a reader may see one of them a step ahead of another."""
@@ -147,8 +166,8 @@ class DirtyLogHub:
                 LogUserStatus(name=who.name, exact=who.exact, pending=who.pages, taken=who.taken) for who in accounts
             )
 
-    def open(self, name: str, strategy: str | None = None, *, unsafe: bool = False) -> HubUser:
-        """Become a user of the log; all pages are pending for it.
+    def open(self, name: str, strategy: str | None = None, *, unsafe: bool = False, apart: bool = False) -> HubUser:
+        """Become a user of the log; all pages are pending for it. ``apart``: see `HubUser.take_apart`.
 
         The first user switches logging on for all slots and sets the strategy; ``strategy`` None takes the best, or
         the one in force. Raises `ControlError`: ``unsupported`` (unknown, or this kernel can't do it), ``unsafe`` (it
@@ -164,9 +183,11 @@ class DirtyLogHub:
             if len(accounts) >= MAX_USERS:
                 raise ControlError(f"the dirty log has {MAX_USERS} users already", code="busy")
             if self._ledger is not None:
-                return HubUser(self, self._ledger.join(name, exact=exact))
+                return HubUser(self, self._ledger.join(name, exact=exact, apart=apart))
             ledger = Ledger(chosen, self._layout)
-            account = ledger.join(name, exact=exact)
+            account = ledger.join(name, exact=exact, apart=apart)
+            for source in self._sources:
+                source.harvest()  # what was written before now is pending anyway
             self._switch_on(ledger)
             self._ledger = ledger
             return HubUser(self, account)
@@ -182,6 +203,18 @@ class DirtyLogHub:
             if self._ledger:
                 self._ledger.mark(region, first, count)
                 self.counters.pages_marked += count
+
+    def attach(self, source: ExternalLog) -> None:
+        """Harvest the log of another process with every sync from now on."""
+        with self._lock:
+            self._sources.append(source)
+
+    def detach(self, source: ExternalLog) -> None:
+        """Harvest it for the last time; no-op when it is not attached."""
+        with self._lock:
+            if source in self._sources:
+                self._harvest()
+                self._sources.remove(source)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -241,27 +274,36 @@ class DirtyLogHub:
                     raise ControlError("the buffers for a sync do not fit the memory map", code="bad-range")
             for slot in self._layout.map.slots:
                 self._get(ledger, slot)
+            self._harvest()
             for region, own in account.pending.items():
                 np.copyto(result[region], own)
             self.counters.syncs += 1
             return result
 
-    def take(self, account: Account, region: int, first: int, count: int, generation: int) -> Words:
-        """See `HubUser.take_and_clear`."""
+    def take(
+        self, account: Account, region: int, first: int, count: int, generation: int
+    ) -> tuple[Words, Words | None]:
+        """See `HubUser.take_apart`; None where nothing is told apart."""
         with self._lock:
             ledger = self._ledger_of(account)
-            if generation != self._layout.generation:
-                raise ControlError(
-                    f"memory slots have changed: generation {generation} is now {self._layout.generation}; sync again",
-                    code="stale-generation",
-                )
+            self._check_generation(generation)
             self._check_range(region, first, count)
-            taken, number = ledger.take(
-                account, region, first, count, lambda wanted: self._clear(region, first, count, wanted)
-            )
+            before = account.taken
+            found = ledger.take(account, region, first, count, lambda wanted: self._clear(region, first, count, wanted))
             self.counters.takes += 1
-            self.counters.pages_taken += number
-            return taken
+            self.counters.pages_taken += account.taken - before
+            return found
+
+    def look(self, account: Account, region: int, first: int, count: int, generation: int) -> Words:
+        """See `HubUser.look`."""
+        with self._lock:
+            ledger = self._ledger_of(account)
+            self._check_generation(generation)
+            self._check_range(region, first, count)
+            for slot in self._layout.slots_of(region, first, count):
+                self._get(ledger, slot)
+            self._harvest()
+            return self.take(account, region, first, count, generation)[0]
 
     def give_back(self, account: Account, region: int, first: int, taken: Words) -> None:
         """See `HubUser.give_back`."""
@@ -367,6 +409,27 @@ class DirtyLogHub:
         if self._failed:
             raise ControlError(self._failed, code="log-failed")
         return self._ledger
+
+    def _harvest(self) -> None:
+        """Hand what other processes have logged to every user; each bit was cleared where it came from."""
+        for source in self._sources:
+            found = source.harvest()
+            if found is None or self._ledger is None:
+                continue
+            self.counters.pages_logged += bitmap.count(found)
+            logged = found.size * WORD_PAGES
+            for slot in self._layout.map.slots:
+                begin = slot.guest_phys // PAGE_SIZE
+                pages = min(slot.pages, logged - begin)
+                if pages > 0 and (news := bitmap.extract(found, begin, pages)).any():
+                    self._ledger.mark_bits(slot.region, start(slot), news, pages)
+
+    def _check_generation(self, generation: int) -> None:
+        if generation != self._layout.generation:
+            raise ControlError(
+                f"memory slots have changed: generation {generation} is now {self._layout.generation}; sync again",
+                code="stale-generation",
+            )
 
     def _check_range(self, region: int, first: int, count: int) -> None:
         pages = self._layout.pages.get(region, 0)

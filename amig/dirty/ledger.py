@@ -28,6 +28,9 @@ class Account:
     pending: dict[int, Words]
     snapshot: dict[int, Words] = field(default_factory=dict)
     """Buffers for copies of ``pending``, made when first needed."""
+    possible: dict[int, Words] | None = None
+    """Of the pending bits those that nothing is known to have written: pending from the start on, or owed. None: not
+    told apart."""
     taken: int = 0
     """Pages, in total."""
 
@@ -55,10 +58,11 @@ class Ledger:
         self._cache = {region: bitmap.zeros(pages) for region, pages in layout.pages.items()}
         self._buffers()
 
-    def join(self, name: str, *, exact: bool) -> Account:
-        """Add a user, for whom all pages are pending."""
+    def join(self, name: str, *, exact: bool, apart: bool = False) -> Account:
+        """Add a user, for whom all pages are pending; ``apart``: know which of them are only possibly dirty."""
         pending = {region: bitmap.ones(pages) for region, pages in self.layout.pages.items()}
-        account = Account(name=name, exact=exact, pending=pending)
+        possible = {region: words.copy() for region, words in pending.items()} if apart else None
+        account = Account(name=name, exact=exact, pending=pending, possible=possible)
         self.accounts.append(account)
         return account
 
@@ -84,13 +88,16 @@ class Ledger:
             cache[here] = synced.cache
             for account in self.accounts:
                 account.pending[slot.region][here] |= synced.news
+                if account.possible is not None:
+                    account.possible[slot.region][here] &= ~synced.news
 
     def take(
         self, account: Account, region: int, first: int, count: int, clear: Callable[[Words], None]
-    ) -> tuple[Words, int]:
+    ) -> tuple[Words, Words | None]:
         """Take a user's pending bits of a range; ``clear`` is called with what CLEAR gets.
 
-        Returns the bits and their number. An error of ``clear`` leaves them pending.
+        Returns the bits, and which of them are only possibly dirty (None where that is not told apart). An error of
+        ``clear`` leaves them pending.
         """
         mine = bitmap.extract(account.pending[region], first, count)
         cached = bitmap.extract(self._cache[region], first, count)
@@ -104,11 +111,20 @@ class Ledger:
             if len(self.accounts) > 1 and step.owed.any():
                 for other in self.accounts:
                     if other is not account:
-                        bitmap.or_into(other.pending[region], first, step.owed, count)
+                        self._owe(other, region, first, step.owed, count)
         bitmap.remove_from(account.pending[region], first, mine, count)
-        number = bitmap.count(mine)
-        account.taken += number
-        return mine, number
+        account.taken += bitmap.count(mine)
+        if account.possible is None:
+            return mine, None
+        possible = mine & bitmap.extract(account.possible[region], first, count)
+        bitmap.remove_from(account.possible[region], first, mine, count)
+        return mine, possible
+
+    def _owe(self, account: Account, region: int, first: int, owed: Words, count: int) -> None:
+        if account.possible is not None:
+            news = owed & ~bitmap.extract(account.pending[region], first, count)
+            bitmap.or_into(account.possible[region], first, news, count)
+        bitmap.or_into(account.pending[region], first, owed, count)
 
     def give_back(self, account: Account, region: int, first: int, taken: Words) -> None:
         """Return taken bits to a user; those past the region's end are dropped."""
@@ -125,13 +141,23 @@ class Ledger:
         """Make pages pending for every user; the kernel does not know of them."""
         for account in self.accounts:
             bitmap.set_range(account.pending[region], first, count)
+            if account.possible is not None:
+                bitmap.clear_range(account.possible[region], first, count)
+
+    def mark_bits(self, region: int, first: int, news: Words, count: int) -> None:
+        """As `mark`, for the pages of a range that are set in ``news``."""
+        for account in self.accounts:
+            bitmap.or_into(account.pending[region], first, news, count)
+            if account.possible is not None:
+                bitmap.remove_from(account.possible[region], first, news, count)
 
     def forget(self, slot: Slot) -> None:
         """Take nothing about a slot's pages for granted: all pending, none known to be set in the kernel."""
         pages = min(slot.pages, self.layout.pages.get(slot.region, 0) - start(slot))
         if pages > 0:
             bitmap.clear_range(self._cache[slot.region], start(slot), pages)
-            self.mark(slot.region, start(slot), pages)
+            for account in self.accounts:
+                self._owe(account, slot.region, start(slot), bitmap.ones(pages), pages)
 
     def move_to(self, layout: Layout) -> None:
         """Go over to another memory map: pages of slots that came or went are forgotten."""
@@ -139,6 +165,8 @@ class Ledger:
         self._cache = self._resized(self._cache, old, fill=False)
         for account in self.accounts:
             account.pending = self._resized(account.pending, old, fill=True)
+            if account.possible is not None:
+                account.possible = self._resized(account.possible, old, fill=True)
         for slot in set(old.map.slots) ^ set(layout.map.slots):
             self.forget(slot)
         self._buffers()

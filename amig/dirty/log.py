@@ -46,6 +46,16 @@ class KernelLog(Protocol):
         """
 
 
+class ExternalLog(Protocol):
+    """A log that another process keeps of what it writes, by guest-physical address; `amig.dirty.vhost.VhostLog`."""
+
+    def harvest(self) -> Words | None:
+        """Take and clear its bits, in one atomic step for each word: bit i is the page at address 4096 i.
+
+        The array is the caller's until the next harvest; None when no bit is set. Never fails half-way.
+        """
+
+
 class LogUser(Protocol):
     """One user's view of the hub: its own pending bits at its own pace. Thread-safe; calls block."""
 

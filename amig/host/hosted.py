@@ -24,6 +24,7 @@ import msgspec
 from amig.dirty.hub import DirtyLogHub
 from amig.errors import AmigError, ControlError, HostError
 from amig.guest import GuestInfo, Handover, Outcome, RunState
+from amig.host.backends import Backends
 from amig.host.handover import Records, SourceHandover
 from amig.host.life import Ended as Ended
 from amig.host.life import How as How
@@ -53,6 +54,7 @@ class HostedGuest:
         self._turn = asyncio.Lock()
         self._machine: Machine | None = None
         self._hub: DirtyLogHub | None = None
+        self._backends: Backends | None = None
         self._description = b""
         self._vcpus_run = False
         self._pauser: Owner | None = None
@@ -85,6 +87,13 @@ class HostedGuest:
         if self._hub is None:
             raise ControlError(f"{self.name} is waiting for a guest: there is none yet", code="wrong-state")
         return self._hub
+
+    @property
+    def backends(self) -> Backends:
+        """The machine's device backends in other processes."""
+        if self._backends is None:
+            raise ControlError(f"{self.name} is waiting for a guest: there is none yet", code="wrong-state")
+        return self._backends
 
     @property
     def in_doubt(self) -> Handover | None:
@@ -133,6 +142,7 @@ class HostedGuest:
         machine.memory.on_write = hub.mark
         machine.on_stopped = stopped
         self._machine, self._hub = machine, hub
+        self._backends = Backends(hub, machine.memory.map, self.vm)
 
     async def start(self, *, paused: bool = False) -> None:
         """Let the guest run for the first time; ``paused`` as if an operator had paused it at once."""
@@ -177,6 +187,9 @@ class HostedGuest:
 
     async def _close_machine(self) -> None:
         machine, self._machine, self._hub = self._machine, None, None
+        backends, self._backends = self._backends, None
+        if backends is not None:
+            await self.vm.call(backends.close)
         self._vcpus_run = False
         if machine is not None:
             await self.vm.call(machine.close)
@@ -186,6 +199,11 @@ class HostedGuest:
         run = self.state is RunState.RUNNING
         try:
             await self.vm.call(self._apply, run)
+            if self._backends is not None:
+                if run:
+                    self._backends.run()
+                else:
+                    await self._backends.stop()
         except AmigError as error:
             if run:
                 self._failed(error)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
+from amig.bitmap import count as count_bits
 from amig.control.take import check_range
 from amig.control.types import Progress
 from amig.control.waiting import finish, settle
@@ -73,17 +74,20 @@ class LocalGuest:
 
     # --- the dirty log -----------------------------------------------------------------------------------------------
 
-    async def log_start(self, strategy: str | None) -> LogStarted:
-        """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this object is a user already."""
+    async def log_start(self, strategy: str | None, *, apart: bool = False) -> LogStarted:
+        """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this object is a user already.
+
+        ``apart`` is for a user that counts: see `take_apart`.
+        """
         self._check_open()
         if self._user is not None:
             raise ControlError("this connection is a user of the dirty log already", code="already-on")
         self._hosted.require("be migrated", RunState.RUNNING, RunState.PAUSED)
         with refusing():
-            return await self._hosted.vm.call(self._open, strategy)
+            return await self._hosted.vm.call(self._open, strategy, apart)
 
-    def _open(self, strategy: str | None) -> LogStarted:
-        user = self._hosted.hub.open(self.name, strategy)
+    def _open(self, strategy: str | None, apart: bool) -> LogStarted:
+        user = self._hosted.hub.open(self.name, strategy, apart=apart)
         try:
             started = user.started
         except BaseException:
@@ -124,6 +128,14 @@ class LocalGuest:
                     await finish(self._hosted.vm.submit(user.give_back, region, first, call.result()))
                 raise cancelled
             return _frozen(call.result())
+
+    async def take_apart(self, region: int, first: int, count: int) -> tuple[Words, int]:
+        """As `take_and_clear`, and how many of the pages are only possibly dirty; what it took is not given back."""
+        user = self.log_user
+        with refusing():
+            check_range(self._info.memory, region, first, count)
+            taken, possible = await self._hosted.vm.call(user.take_apart, region, first, count, self._generation)
+            return _frozen(taken), count_bits(possible)
 
     async def give_back(self, region: int, first: int, taken: Words) -> None:
         """See `amig.guest.Guest.give_back`."""

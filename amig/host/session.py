@@ -15,10 +15,13 @@ from amig.control import replies as rp
 from amig.control import requests as rq
 from amig.control import types
 from amig.control.bitmaps import SharedBitmaps, reopen_read_only
+from amig.control.fdpass import close_all
 from amig.control.server import Answer, Outbox
 from amig.control.take import TakeServer
 from amig.control.waiting import finish
-from amig.errors import ControlError
+from amig.errors import ControlError, HostError
+from amig.guest import RunState
+from amig.host.backends import Backend, Backends
 from amig.host.guest_image import ask_guest
 from amig.host.hosted import HostedGuest
 from amig.host.life import Ended
@@ -78,6 +81,8 @@ class HostSession:
         self._client = ""
         self._guest: LocalGuest | None = None
         self._log: _Log | None = None
+        self._backend: Backend | None = None
+        self._backends: Backends | None = None
         self._dropped = 0
         hosted.ended.add_done_callback(self._guest_ended)
 
@@ -140,6 +145,12 @@ class HostSession:
                 await self._console.feed(request.data)
             case rq.ConsoleDetach():
                 self._console.detach(self.console_output)
+            case rq.VhostAttach():
+                return await self._vhost_attach(request)
+            case rq.VhostStopped():
+                self._device().stopped(request.number)
+            case rq.VhostDetach():
+                await self._vhost_detach(in_order=True)
         return Answer(rp.Ok(id=request.id))
 
     def _hello(self, request: rq.Hello) -> Answer:
@@ -192,7 +203,7 @@ class HostSession:
 
     async def _log_start(self, request: rq.LogStart) -> Answer:
         guest = self._user()
-        started = await guest.log_start(request.strategy)
+        started = await guest.log_start(request.strategy, apart=request.apart)
         try:
             log = _Log(guest)
         except BaseException:
@@ -231,6 +242,44 @@ class HostSession:
             if self._guest is not None:
                 await self._guest.log_stop()
 
+    # --- a device backend --------------------------------------------------------------------------------------------
+
+    async def _vhost_attach(self, request: rq.VhostAttach) -> Answer:
+        if self._backend is not None:
+            raise ControlError("this connection is a device backend already", code="already-on")
+        backends, machine = self._hosted.backends, self._hosted.machine
+        self._hosted.require("get a device backend", RunState.RUNNING, RunState.PAUSED)
+
+        def tell(number: int) -> None:
+            self._outbox.notify(rp.VhostStop(number=number) if number else rp.VhostRun())
+
+        backend = Backend(self._client, tell)
+        log = await backends.attach(backend)
+        self._backend, self._backends = backend, backends
+        memory = machine.memory
+        ours = memory.fds()
+        fds: list[int] = []
+        try:
+            for fd in (*(ours[region.id] for region in memory.map.regions), log.fd):
+                fds.append(os.dup(fd))  # noqa: PERF401 - to be closed if one fails
+        except BaseException:
+            close_all(fds)
+            raise
+        reply = rp.VhostIsAttached(
+            id=request.id, memory=types.WireMap.of(memory.map), log_bytes=log.size, running=not backend.rests.is_set()
+        )
+        return Answer(reply, tuple(fds))
+
+    def _device(self) -> Backend:
+        if self._backend is None:
+            raise ControlError("this connection is no device backend: vhost-attach comes first", code="wrong-state")
+        return self._backend
+
+    async def _vhost_detach(self, *, in_order: bool) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None and self._backends is not None:
+            await self._backends.leave(backend, in_order=in_order)
+
     # --- console -----------------------------------------------------------------------------------------------------
 
     def console_output(self, data: bytes) -> None:
@@ -263,5 +312,7 @@ class HostSession:
         """Undo what this connection did."""
         self._hosted.ended.remove_done_callback(self._guest_ended)
         self._console.detach(self.console_output)
+        with contextlib.suppress(ControlError, HostError):
+            await self._vhost_detach(in_order=False)
         with contextlib.suppress(ControlError):
             await self._leave()
