@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from inspect import iscoroutinefunction, signature
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import uvloop
@@ -17,6 +18,7 @@ from amig.control.client import SocketGuest
 from amig.errors import ControlError
 from amig.guest import Guest, Handover, Outcome, RunState
 from amig.host.hosted import HostedGuest, How
+from amig.host.life import StateEnvelope
 from amig.host.local import LocalGuest
 from amig.host.memory import MappedMemory
 from amig.host.record import RecordState
@@ -255,7 +257,9 @@ async def test_state_is_saved_while_paused_and_only_then(world: World) -> None:
     assert caught.value.code == "wrong-state"
     await guest.pause()
     world.machine.state = bytes(range(256)) * 8192
-    assert await guest.save() == world.machine.state
+    saved = msgspec.msgpack.decode(await guest.save(), type=StateEnvelope)
+    assert saved.machine == world.machine.state
+    assert not saved.paused
 
 
 async def test_two_migrations_at_once_are_refused(world: World) -> None:

@@ -15,7 +15,7 @@ from amig.guest import Handover, Outcome, RunState
 from amig.host.attach import open_control, open_guest
 from amig.host.handover import Records
 from amig.host.incoming import LocalIncoming
-from amig.host.life import MachineEnvelope
+from amig.host.life import MachineEnvelope, StateEnvelope
 from amig.host.names import live_hosts
 from amig.host.service import HostService, How, host
 
@@ -192,7 +192,7 @@ async def fill(incoming: LocalIncoming) -> str:
     incoming.pages(0)[3] = 7
     incoming.pages(7)[63] = 9
     incoming.punch(7, 63, 1)
-    await incoming.load(b"device state")
+    await incoming.load(msgspec.msgpack.encode(StateEnvelope(machine=b"device state")))
     return identity
 
 

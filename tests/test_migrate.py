@@ -271,3 +271,16 @@ async def test_twenty_times_back_and_forth(vcpus: int, policy: amig.Policy) -> N
 
 def test_phases_are_named_for_people() -> None:
     assert [str(p) for p in Phase] == ["waiting", "memory", "loading", "prepared", "running", "discarded"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_guest_that_an_operator_has_paused_stays_paused_where_it_goes(engine: str) -> None:
+    async with hosting(engine=engine) as source, receiving() as target:
+        await source.hosted.operator_pause()
+        await move(source, target.address)
+        await target.arrived()
+        assert target.service.hosted.state is amig.RunState.PAUSED
+        assert target.service.hosted.operator_paused
+        await target.service.hosted.operator_resume()
+        await alive(machine_of(target.service))
+        assert await verdict(machine_of(target.service)) == 0

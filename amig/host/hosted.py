@@ -28,7 +28,7 @@ from amig.host.backends import Backends
 from amig.host.handover import Records, SourceHandover
 from amig.host.life import Ended as Ended
 from amig.host.life import How as How
-from amig.host.life import MachineEnvelope, Migration, Owner
+from amig.host.life import MachineEnvelope, Migration, Owner, StateEnvelope
 from amig.host.machine import Machine
 from amig.host.vm_thread import VmThread
 
@@ -321,7 +321,8 @@ class HostedGuest:
         """Return device and vCPU state; the owner must have paused the guest."""
         async with self._turn:
             self._require_paused(owner, "save its state")
-            return await self.vm.call(self.machine.save)
+            state = StateEnvelope(machine=await self.vm.call(self.machine.save), paused=self.operator_paused)
+            return msgspec.msgpack.encode(state)
 
     def _require_paused(self, owner: Owner, what: str) -> None:
         self.require(what, RunState.PAUSED)

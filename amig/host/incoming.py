@@ -12,7 +12,7 @@ from amig.errors import AmigError, ControlError, Refused, UsageError, VerifyFail
 from amig.guest import RunState
 from amig.host.handover import ArrivalRecord
 from amig.host.hosted import HostedGuest
-from amig.host.life import MachineEnvelope
+from amig.host.life import MachineEnvelope, StateEnvelope
 from amig.host.machine import Machine
 from amig.memory import MemoryMap, Pages
 
@@ -32,6 +32,7 @@ class LocalIncoming:
         self._record: ArrivalRecord | None = None
         self._pages: dict[int, Pages] = {}
         self._loaded = False
+        self._paused = False
         self._over = False
 
     async def build(self, *, name: str, machine: bytes, memory: MemoryMap) -> str:
@@ -90,12 +91,16 @@ class LocalIncoming:
     async def load(self, state: bytes) -> None:
         """See `amig.guest.Incoming.load`."""
         try:
-            await self._hosted.vm.call(self._hosted.machine.load, state)
+            envelope = msgspec.msgpack.decode(state, type=StateEnvelope)
+            await self._hosted.vm.call(self._hosted.machine.load, envelope.machine)
         except VerifyFailed:
             raise
+        except msgspec.DecodeError as error:
+            raise VerifyFailed(f"the guest's state is malformed: {error}") from None
         except AmigError as error:
             raise VerifyFailed(f"the guest's device state can't be restored here: {error}") from error
         self._loaded = True
+        self._paused = envelope.paused
 
     async def commit(self, migration: str) -> None:
         """See `amig.guest.Incoming.commit`; refused before `load` and after `discard`."""
@@ -107,7 +112,7 @@ class LocalIncoming:
         """See `amig.guest.Incoming.run`; refused before `commit`."""
         if self._record is None or self._record.published != "running":
             raise ControlError("run without commit", code="wrong-state")
-        await self._hosted.start()
+        await self._hosted.start(paused=self._paused)
         self._over = True
         await self._forget(keep_machine=True)
 

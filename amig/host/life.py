@@ -67,3 +67,11 @@ class MachineEnvelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     engine: str
     description: bytes
+
+
+class StateEnvelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `amig.guest.Guest.save` returns: the machine's state, and what its host knew beyond it."""
+
+    machine: bytes
+    paused: bool = False
+    """An operator has paused the guest: it stays paused where it goes."""
