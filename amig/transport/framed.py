@@ -61,7 +61,8 @@ class FramedConnection:
         """Send a control message and return its bytes on the wire."""
         payload = messages.encode(message)
         kind = messages.frame_type(message)
-        return await self._send(kind, *frames.frame(kind, payload))
+        await self._send(kind, *frames.frame(kind, payload))
+        return HEADER_SIZE + len(payload)
 
     async def send_block(self, block: BlockFrame, *data: Buffer, summed: bool = True) -> int:
         """Send a block whose data are these buffers, gathered in order, and return its bytes on the wire.
@@ -79,7 +80,8 @@ class FramedConnection:
         length = head.payload_bytes
         total = frames.checksum(FrameType.BLOCK, length, fixed, *bitmaps, *(data if summed else ()), flags=flags)
         header = frames.encode_header(FrameType.BLOCK, length, total, flags)
-        return await self._send(FrameType.BLOCK, header + fixed, *bitmaps, *data)
+        await self._send(FrameType.BLOCK, header + fixed, *bitmaps, *data)
+        return HEADER_SIZE + length
 
     async def send_state(self, content: bytes) -> int:
         """Send device and vCPU state in as many frames as it takes, and return their bytes on the wire."""
@@ -87,7 +89,8 @@ class FramedConnection:
         for head, part in state.split(content):
             length = len(head) + len(part)
             header = frames.encode_header(FrameType.STATE, length, frames.checksum(FrameType.STATE, length, head, part))
-            total += await self._send(FrameType.STATE, header + head, part)
+            await self._send(FrameType.STATE, header + head, part)
+            total += HEADER_SIZE + length
         return total
 
     async def read_header(self) -> FrameHeader:
@@ -186,12 +189,11 @@ class FramedConnection:
         """Drop the connection at once."""
         self.connection.abort()
 
-    async def _send(self, kind: FrameType, *parts: Buffer) -> int:
+    async def _send(self, kind: FrameType, *parts: Buffer) -> None:
         async with self._turn:
             if self.protocol is not None:
                 self.protocol.sent(kind)
             await self.connection.send(*parts)
-        return sum([memoryview(p).nbytes for p in parts])
 
     def _expect(self, header: FrameHeader) -> None:
         if header is not self._frame or self._block is not None:
