@@ -20,10 +20,8 @@ from tests.commands import amig, homes, ok
 
 __all__ = ["homes"]
 
-COMMANDS = {
-    "demo", "run", "receive", "migrate", "status", "list", "pause", "resume", "cancel", "stop", "console", "verify",
-    "resolve",
-}  # fmt: skip
+module.load_commands()
+COMMANDS = {command.name or "" for command in app.registered_commands}
 
 
 def test_alone_it_shows_what_there_is() -> None:
@@ -38,7 +36,7 @@ def test_it_knows_its_release() -> None:
 
 
 def test_all_commands_have_examples() -> None:
-    ok("--help")
+    assert {"demo", "run", "receive", "migrate", "status", "list", "console", "stop", "resolve"} <= COMMANDS
     assert set(EXAMPLES) == COMMANDS
     assert all(EXAMPLES.values())
 

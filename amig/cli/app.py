@@ -26,9 +26,9 @@ OVERVIEW = """Live migration of real KVM guests.
 [bold]Move a guest between two hosts[/bold]
 
 \b
-  hosta$ amig run web1 --kernel vmlinuz --initrd initrd --memory 1400MiB --vcpus 2 --serial file:web1.log --detach
-  hostb$ amig receive tcp://0.0.0.0:7000 --name web1 --serial file:web1.log
-  hosta$ amig migrate web1 tcp://hostb:7000 --downtime 50ms
+  hosta$ amig run web1 --kernel vmlinuz --initrd initrd --memory 1400MiB --detach
+  hostb$ amig receive tcp://0.0.0.0:7000 --name web1 --insecure
+  hosta$ amig migrate web1 tcp://hostb:7000 --downtime 50ms --insecure
 
 [bold]Exit codes[/bold]
 
@@ -98,13 +98,18 @@ def _main(
         say.result(context.get_help())
 
 
+def load_commands() -> None:
+    """Make all commands known to `app`."""
+    for name in _MODULES:
+        import_module(f"amig.cli.{name}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
     Settings.debug = False
     Settings.arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        for name in _MODULES:
-            import_module(f"amig.cli.{name}")
+        load_commands()
         app(args=list(Settings.arguments), prog_name="amig")
     except AmigError as error:
         _fail(error, str(error) or type(error).__name__, error.exit_code)
