@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -59,6 +59,18 @@ class Move:
     before: Phase
     after: Phase
     guard: Guard = Guard.NONE
+    older: tuple[int, ...] = ()
+    """Pages of older entries of the ring, which are reset with those of ``pages``."""
+
+    def told(self) -> str:
+        """Say what happens."""
+        too = f", {name_pages(self.older)} protected too" if self.older else ""
+        return self.text.format(name_pages(self.pages or (0,))) + too
+
+
+def name_pages(pages: Sequence[int]) -> str:
+    """Name pages in a sentence."""
+    return f"page {pages[0]}" if len(pages) == 1 else "pages " + " and ".join(map(str, pages))
 
 
 GUEST, OTHER, DEST, LINK, VCPU = "guest", "other source", "destination", "link", "vCPU"
@@ -77,7 +89,6 @@ def moves(rules: Rules, pages: int) -> list[Move]:
 
 def _moves(rules: Rules, pages: int) -> Iterator[Move]:
     everything = tuple(range(pages))
-    broken = rules.broken
     for phase in (Phase.RUN, Phase.FINAL, Phase.LATE):
         yield from _pipeline(rules, pages, phase)
     for phase in (Phase.ALONE, Phase.RUN) if rules.users > 1 else (Phase.RUN,):
@@ -89,11 +100,10 @@ def _moves(rules: Rules, pages: int) -> Iterator[Move]:
                 yield Move(DISPLAY, "GET: news for every user", "sync", everything, phase, phase)
             for user, name in enumerate(USERS[1 : rules.users], 1):
                 for some in ranges(pages):
-                    yield Move(name, "takes and clears {}", f"take{user}", some, phase, phase)
-        if broken is Broken.EARLY_RESET and phase is not Phase.DONE:
-            yield Move(VCPU, "ring: entries are reset", "reset", everything, phase, phase)
-        if broken is Broken.NO_KICK and phase is not Phase.DONE:
-            yield Move(VCPU, "CPU hands its buffer to the ring", "flush", everything, phase, phase)
+                    for older in _older(rules, pages, some):
+                        yield Move(name, "takes and clears {}", f"take{user}", some, phase, phase, older=older)
+        if rules.buffers and (phase in (Phase.ALONE, Phase.RUN) or rules.broken is Broken.NO_KICK):
+            yield Move(VCPU, "leaves: its buffer goes to the ring", "flush", everything, phase, phase)
     if rules.users > 1:
         yield Move(MIGRATION, "joins: everything pending", "begin", everything, Phase.ALONE, Phase.RUN)
     if rules.failures:
@@ -103,10 +113,11 @@ def _moves(rules: Rules, pages: int) -> Iterator[Move]:
 
 
 def _pipeline(rules: Rules, pages: int, phase: Phase) -> Iterator[Move]:
-    take = "takes {} to read first" if rules.broken is Broken.READ_FIRST else "takes and clears {}"
+    take = "takes {} to read first" if rules.reads_first else "takes and clears {}"
     for some in ranges(pages):
-        yield Move(MIGRATION, take, "take", some, phase, phase, Guard.SOME_PENDING)
-        if rules.broken is Broken.READ_FIRST:
+        for older in _older(rules, pages, some):
+            yield Move(MIGRATION, take, "take", some, phase, phase, Guard.SOME_PENDING, older)
+        if rules.reads_first:
             yield Move(MIGRATION, "clears {}", "clear", some, phase, phase, Guard.SOME_READ)
     for page in range(pages):
         yield Move(MIGRATION, "reads {} and sends it", "read", (page,), phase, phase)
@@ -115,22 +126,32 @@ def _pipeline(rules: Rules, pages: int, phase: Phase) -> Iterator[Move]:
             yield Move(DEST, "acknowledges {}", "acknowledge", (page,), phase, phase)
 
 
+def _older(rules: Rules, pages: int, some: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield the sets of other pages that a clear may reset with its own: which are older is not modelled, so any."""
+    others = [page for page in range(pages) if page not in some] if rules.ring else []
+    for size in range(len(others) + 1):
+        yield from combinations(others, size)
+
+
 def _writers(rules: Rules, pages: int, phase: Phase) -> Iterator[Move]:
-    room = Guard.RING_HAS_ROOM if rules.ring and rules.broken is not Broken.NO_KICK else Guard.NONE
+    room = Guard.RING_HAS_ROOM if rules.ring else Guard.NONE
     for page in range(pages):
         yield Move(GUEST, "writes {}", "write", (page,), phase, phase, room)
         if rules.external:
             yield Move(OTHER, "writes {}", "external_write", (page,), phase, phase)
             yield Move(OTHER, "marks {}", "external_mark", (page,), phase, phase)
     if rules.ring:
-        yield Move(VCPU, "full ring: harvest, reset", "sync", tuple(range(pages)), phase, phase, Guard.RING_FULL)
+        yield Move(
+            VCPU, "finds the ring full and resets it", "full", tuple(range(pages)), phase, phase, Guard.RING_FULL
+        )
 
 
 def _switchover(rules: Rules, pages: int) -> Iterator[Move]:
     everything = tuple(range(pages))
     no_quiesce = rules.broken is Broken.NO_QUIESCE
     quiet = Guard.NONE if no_quiesce else Guard.NO_MARK_DUE
-    yield Move(MIGRATION, "pauses the guest", "", (), Phase.RUN, Phase.PAUSED, quiet)
+    leave = "flush" if rules.buffers and rules.broken is not Broken.NO_KICK else ""
+    yield Move(MIGRATION, "pauses the guest", leave, everything if leave else (), Phase.RUN, Phase.PAUSED, quiet)
     if no_quiesce:
         for phase in (Phase.PAUSED, Phase.FINAL, Phase.SAVED, Phase.LATE):
             for page in everything:
@@ -139,7 +160,7 @@ def _switchover(rules: Rules, pages: int) -> Iterator[Move]:
     yield Move(MIGRATION, "saves the device state", "", (), Phase.FINAL, Phase.SAVED, Guard.ALL_PLACED)
     for page in everything if rules.saving else ():
         yield Move(
-            MIGRATION, "saves the device state, which writes {}", "write", (page,), Phase.FINAL, Phase.SAVED,
+            MIGRATION, "saves the device state, which writes {}", "host_write", (page,), Phase.FINAL, Phase.SAVED,
             Guard.ALL_PLACED,
         )  # fmt: skip
     if rules.broken is Broken.NO_LAST_SYNC:
@@ -157,7 +178,7 @@ def allowed(move: Move, pages: tuple[Page, ...], rules: Rules) -> bool:
         case Guard.SOME_READ:
             return any(p.unread for p in here)
         case Guard.RING_HAS_ROOM:
-            return bool(here[0].kernel or here[0].harvested) or _entries(pages) < rules.ring_size
+            return bool(here[0].kernel or here[0].buffered) or _entries(pages) < rules.ring_size
         case Guard.RING_FULL:
             return _entries(pages) >= rules.ring_size
         case Guard.NO_MARK_DUE:
@@ -173,8 +194,11 @@ def apply(move: Move, pages: tuple[Page, ...], steps: Steps) -> tuple[Page, ...]
     if not move.step:
         return pages
     step = getattr(steps, move.step)
-    return tuple(step(page) if i in move.pages else page for i, page in enumerate(pages))
+    return tuple(
+        step(page) if i in move.pages else steps.older(page) if i in move.older else page
+        for i, page in enumerate(pages)
+    )
 
 
 def _entries(pages: tuple[Page, ...]) -> int:
-    return sum(p.kernel or p.harvested for p in pages)
+    return sum(p.kernel or p.buffered for p in pages)

@@ -24,9 +24,14 @@ class Page(NamedTuple):
     kernel: int = 0
     """Set in the kernel's bitmap, or named by an entry of the ring; a page that is not is write-protected."""
     buffered: int = 0
-    """Written, and known to the CPU's own buffer only (`Broken.NO_KICK`)."""
-    harvested: int = 0
-    """Taken out of the ring and not reset: writable, and nobody will hear of it (`Broken.EARLY_RESET`)."""
+    """Ring: written, and known to the CPU's own buffer only, which it hands over when it leaves the guest."""
+    returned: int = 0
+    """Ring: a GET has returned the entry, which is still there: the page is writable, and nobody hears of it."""
+    kept: int = 0
+    """Ring: its entry was reset before a GET returned it; the next GET will."""
+    early: int = 0
+    """Ghost, ring: 1 when it was protected before its take, because of another page or a full ring; 2 when written
+    after that."""
     cache: int = 0
     """In C."""
     pending: int = 0
@@ -67,7 +72,7 @@ Step = Callable[[Page], Page]
 def start(rules: Rules) -> Page:
     """Return a page as it is when the log has been switched on for the first user, all of them being there."""
     strategy = rules.strategy
-    log = int(strategy.manual and rules.initially_set)
+    log = int(strategy.manual and rules.initially_set and not rules.ring)
     others = {f"pending{i}": 1 for i in range(1, rules.users)} | {f"missed{i}": 0 for i in range(rules.users, 3)}
     if rules.broken is Broken.CLEAR_FIRST:  # nothing is pending, the log is to say what is
         others = dict.fromkeys(others, 0)
@@ -94,15 +99,17 @@ class Steps:
 
     def write(self, page: Page) -> Page:
         """The guest writes it."""
-        if self.rules.broken is Broken.NO_KICK:
-            page = page._replace(buffered=page.buffered | (1 - page.kernel))
-        elif not page.harvested:
-            page = page._replace(kernel=1)
-        return self._written(page)
+        if self.rules.buffers:
+            return self._written(page._replace(buffered=page.buffered | (1 - page.kernel)))
+        return self._written(page._replace(kernel=1))
+
+    def host_write(self, page: Page) -> Page:
+        """The host writes it on behalf of the kernel, which logs it."""
+        return self._written(page._replace(kernel=1))
 
     def flush(self, page: Page) -> Page:
-        """The CPU hands its buffer on to the ring."""
-        return page._replace(kernel=page.kernel | page.buffered, buffered=0)
+        """A CPU leaves the guest and hands its buffer over to the ring."""
+        return page._replace(kernel=1, buffered=0) if page.buffered else page
 
     def external_write(self, page: Page) -> Page:
         """Another source writes it."""
@@ -120,6 +127,8 @@ class Steps:
         page = page._replace(stale=1, since_read=1, since_take=1)
         if not self.strategy.manual:
             page = page._replace(since_get=1)
+        if page.early:
+            page = page._replace(early=2)
         return page._replace(missed1=int(self.rules.users > 1), missed2=int(self.rules.users > 2))
 
     def _marked(self, page: Page) -> Page:
@@ -135,35 +144,43 @@ class Steps:
     # The hub.
 
     def sync(self, page: Page) -> Page:
-        """GET, or harvest and reset; what it says is handed to every user."""
-        synced = self.strategy.sync(page.kernel, page.cache)
+        """GET; what it says is handed to every user."""
+        synced = self.strategy.sync(news(page), page.cache)
         page = self._hand_out(page._replace(cache=synced.cache), synced.news)
-        if self.rules.broken is Broken.EARLY_RESET:
-            return page._replace(harvested=page.harvested | page.kernel, kernel=0, since_get=0)
+        if self.rules.ring:
+            return page._replace(returned=page.kernel, kept=0)
         if not self.strategy.manual:
             page = page._replace(kernel=0, since_get=0)
         return page
 
-    def reset(self, page: Page) -> Page:
-        """The ring's harvested entries are reset."""
-        return page._replace(harvested=0)
+    def older(self, page: Page) -> Page:
+        """Its entry in the ring is reset, because one that came later is."""
+        if not page.kernel:
+            return page
+        return page._replace(kernel=0, returned=0, kept=page.kept | (1 - page.returned), early=1)
+
+    def full(self, page: Page) -> Page:
+        """The ring is full: its vCPU's thread resets everything."""
+        page = self.flush(page)
+        after = self.older(page)
+        return after._replace(kept=page.kept) if self.rules.broken is Broken.FULL_FORGETS else after
+
+    def _cleared(self, page: Page, clear: int) -> Page:
+        if not (page.kernel & clear):
+            return page
+        return page._replace(kernel=0, returned=0, kept=page.kept | int(self.rules.ring and not page.returned))
 
     def take(self, page: Page) -> Page:
         """The migration takes and clears it, if it is in the range and pending."""
-        if self.rules.broken is Broken.READ_FIRST:
+        if self.rules.reads_first:
             return page._replace(taken=page.pending, since_take=0, late=0) if page.pending else page
         return self._take(page)
 
     def _take(self, page: Page) -> Page:
         step = self.strategy.take(page.pending, page.cache, 1, exact=self.exact)
-        after = page._replace(
-            kernel=page.kernel & ~step.clear,
-            cache=step.cache,
-            pending=0,
-            taken=page.taken | page.pending,
-        )
+        after = self._cleared(page, step.clear)._replace(cache=step.cache, pending=0, taken=page.taken | page.pending)
         if page.pending:
-            after = after._replace(since_take=page.since_get, late=0)
+            after = after._replace(since_take=page.since_get | int(page.early == 2), late=0, early=0)
         if self.rules.broken is Broken.NO_COMPENSATION:
             return after
         return after._replace(
@@ -178,8 +195,7 @@ class Steps:
     def take1(self, page: Page) -> Page:
         """The display takes it."""
         step = self.strategy.take(page.pending1, page.cache, 1, exact=self.all_exact)
-        return page._replace(
-            kernel=page.kernel & ~step.clear,
+        return self._cleared(page, step.clear)._replace(
             cache=step.cache,
             pending=page.pending | step.owed,
             pending1=0,
@@ -190,8 +206,7 @@ class Steps:
     def take2(self, page: Page) -> Page:
         """The meter takes it."""
         step = self.strategy.take(page.pending2, page.cache, 1, exact=self.all_exact)
-        return page._replace(
-            kernel=page.kernel & ~step.clear,
+        return self._cleared(page, step.clear)._replace(
             cache=step.cache,
             pending=page.pending | step.owed,
             pending1=page.pending1 | step.owed,
@@ -205,7 +220,7 @@ class Steps:
         """The migration reads what it has taken. An older copy under way is as good as placed: rounds are ordered."""
         if not page.taken:
             return page
-        unread = int(self.rules.broken is Broken.READ_FIRST)
+        unread = int(self.rules.reads_first)
         return page._replace(taken=0, flying=1, since_read=0, unread=unread)
 
     def place(self, page: Page) -> Page:
@@ -235,6 +250,29 @@ class Steps:
         )
 
 
+def news(page: Page) -> int:
+    """What GET returns: the bit, or whether the ring has, or had, an entry that no GET has returned."""
+    return page.kept | (page.kernel & ~page.returned)
+
+
+def plain(page: Page, rules: Rules) -> Page:
+    """Forget what can make no difference any more, so that fewer states have to be searched.
+
+    Where nothing is broken, a page that is pending or under way will be read and placed before the destination goes on,
+    so what the destination holds now does not matter. Ghosts that the next take sets anew do not matter before it when
+    a copy is needed anyway.
+    """
+    if rules.broken is None and (page.pending or page.taken or page.flying):
+        page = page._replace(stale=1)
+    if page.since_read and not page.taken:
+        page = page._replace(since_take=0, late=0)
+        if page.pending and not page.flying:
+            page = page._replace(unacked=0)
+    elif page.since_take:
+        page = page._replace(late=0)
+    return page
+
+
 def copy_kind(page: Page) -> str:
     """Say what a copy would be that is sent because of a take now: nothing, needed, window, late or needless."""
     if not page.pending:
@@ -248,5 +286,5 @@ def copy_kind(page: Page) -> str:
 
 def misses_a_write(page: Page) -> bool:
     """Whether the display or the meter will never hear of a write after their last take."""
-    known = page.kernel | page.unmarked | page.buffered
+    known = news(page) | page.unmarked | page.buffered
     return bool((page.missed1 & ~(page.pending1 | known)) | (page.missed2 & ~(page.pending2 | known)))

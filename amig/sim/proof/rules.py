@@ -12,7 +12,7 @@ from amig.dirty.strategy import Strategy
 MAX_PAGES = 3
 MAX_USERS = 3
 RING = "ring"
-"""The KVM dirty ring: a harvest returns pages and resets their entries, which is auto-clear to users of the hub."""
+"""The KVM dirty ring."""
 
 DESIGNS: Final = ("auto-clear", "slot-cache", "exact", RING, "migration-bitmap", "blind")
 """All that can be searched, the safe ones first."""
@@ -31,10 +31,12 @@ class Broken(enum.StrEnum):
     """What the exact user cleared beyond C is not owed to the others (D4)."""
     TWO_EXACT = "two-exact"
     """Every user is an exact user (D4)."""
-    EARLY_RESET = "read-before-reset"
-    """Pages of the ring are handed out when harvested, and their entries reset some time later (rule 7)."""
+    READ_BEFORE_RESET = "read-before-reset"
+    """A page that the ring named is read, and its entry reset afterwards (rule 7)."""
     NO_KICK = "no-kick"
-    """A harvest does not get the vCPUs out of the guest: writes in a CPU's own buffer are missing (rule 7)."""
+    """The last harvest does not wait for vCPUs to have left the guest: a CPU's own buffer is missing (rule 7)."""
+    FULL_FORGETS = "full-ring-forgets"
+    """A full ring is reset by its vCPU's thread, which does not keep what its entries named."""
     NO_LAST_SYNC = "no-sync-after-save"
     """No GET after the device state was saved (rule 8)."""
     NO_GIVE_BACK = "no-give-back"
@@ -50,8 +52,9 @@ BROKEN: Final[dict[Broken, str]] = {
     Broken.CLEAR_FIRST: "slot-cache",
     Broken.NO_COMPENSATION: "exact",
     Broken.TWO_EXACT: "exact",
-    Broken.EARLY_RESET: RING,
+    Broken.READ_BEFORE_RESET: RING,
     Broken.NO_KICK: RING,
+    Broken.FULL_FORGETS: RING,
     Broken.NO_LAST_SYNC: "exact",
     Broken.NO_GIVE_BACK: "exact",
     Broken.MARK_FIRST: "exact",
@@ -83,9 +86,24 @@ class Rules:
         return self.design == RING
 
     @property
+    def buffers(self) -> bool:
+        """Whether CPUs log by themselves first (Intel's PML): not where another source writes, to end in time."""
+        return self.ring and not self.external
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether pages are read before they are cleared."""
+        return self.broken in (Broken.READ_FIRST, Broken.READ_BEFORE_RESET)
+
+    @property
     def strategy(self) -> Strategy:
         """The very class that runs on KVM."""
-        return strategies["auto-clear" if self.ring else self.design]()
+        return strategies[self.design]()
+
+    @property
+    def starts(self) -> tuple[bool, ...]:
+        """What ``initially_set`` can be."""
+        return (True, False) if self.strategy.manual and not self.ring else (False,)
 
     @property
     def ring_size(self) -> int:

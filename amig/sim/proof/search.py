@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amig.sim.proof.moves import Guard, Move, Phase, allowed, apply, moves
-from amig.sim.proof.page import Page, Steps, copy_kind, misses_a_write, start, without_migration
+from amig.sim.proof.page import Page, Steps, copy_kind, misses_a_write, plain, start, without_migration
 from amig.sim.proof.rules import Rules
 
 LOST, NEEDLESS, MARK, WINDOW, LATE, MAYBE = "lost page", "needless copy", "lost mark", "window", "late mark", "maybe"
@@ -56,14 +56,15 @@ class _Tables:
 
     def __init__(self, rules: Rules, every: list[Move], first: list[Page]) -> None:
         steps = Steps(rules)
-        names = sorted({move.step for move in every if move.step})
+        names = sorted({move.step for move in every if move.step} | {"older"})
         functions: list[Callable[[Page], Page]] = [getattr(steps, name) for name in names]
-        self.numbers: dict[Page, int] = {}
+        self.rules = rules
+        self._numbers: dict[Page, int] = {}
         self.pages: list[Page] = []
         for page in first:
-            self._number(page)
+            self.number(page)
         # self.pages grows while we go, until all that can be reached is there.
-        results = [[self._number(function(page)) for function in functions] for page in self.pages]
+        results = [[self.number(function(page)) for function in functions] for page in self.pages]
         table = np.array(results, np.int32)
         self.steps = {name: np.ascontiguousarray(table[:, i]) for i, name in enumerate(names)}
         kinds = [copy_kind(page) for page in self.pages]
@@ -79,10 +80,12 @@ class _Tables:
         self.held = self._where(lambda p: bool(p.taken or p.unread))
         self.busy = self._where(lambda p: bool(p.pending or p.taken or p.unread or p.flying))
         self.unmarked = self._where(lambda p: bool(p.unmarked))
-        self.entry = self._where(lambda p: bool(p.kernel or p.harvested))
+        self.entry = self._where(lambda p: bool(p.kernel or p.buffered))
 
-    def _number(self, page: Page) -> int:
-        number = self.numbers.setdefault(page, len(self.pages))
+    def number(self, page: Page) -> int:
+        """Return the number of a page's state, or of another that can't be told from it."""
+        page = plain(page, self.rules)
+        number = self._numbers.setdefault(page, len(self.pages))
         if number == len(self.pages):
             self.pages.append(page)
         return number
@@ -159,11 +162,11 @@ class _Search:
         return rest, rows
 
     def initial(self) -> Keys:
-        numbers = self.tables.numbers
-        rows = np.full((1, self.count), numbers[self.first], np.int32)
+        number = self.tables.number
+        rows = np.full((1, self.count), number(self.first), np.int32)
         keys = [self.key(Phase.RUN, rows)]
         if self.rules.users > 1:
-            rows = np.full((1, self.count), numbers[without_migration(self.first)], np.int32)
+            rows = np.full((1, self.count), number(without_migration(self.first)), np.int32)
             keys.append(self.key(Phase.ALONE, rows))
         return np.sort(np.concatenate(keys))
 
@@ -216,6 +219,9 @@ class _Search:
                 after = here.copy()
                 columns = list(move.pages)
                 after[:, columns] = self.tables.steps[move.step][here[:, columns]]
+                if move.older:
+                    columns = list(move.older)
+                    after[:, columns] = self.tables.steps["older"][here[:, columns]]
                 after.sort(axis=1)
             keys = self.key(move.after, after)
             moved = keys != level[index]
@@ -239,9 +245,8 @@ class _Search:
             way.append(int(self.levels[depth][index]))
             index = int(self.origins[depth][index])
         way.reverse()
-        phase, rows = self.rows(np.array(way[:1]))
-        here = tuple(self.tables.pages[i] for i in rows[0])
-        at = Phase(int(phase[0]))
+        at = Phase(int(self.rows(np.array(way[:1]))[0][0]))
+        here = (without_migration(self.first) if at is Phase.ALONE else self.first,) * self.count
         steps = Steps(self.rules)
         moments: list[Moment] = []
         if at is Phase.ALONE:
@@ -265,7 +270,7 @@ class _Search:
         raise AssertionError("a state without a way to it")
 
     def _last(self, like: Move, what: str, here: tuple[Page, ...], at: Phase) -> Move:
-        row = np.array([[self.tables.numbers[page] for page in here]], np.int32)
+        row = np.array([[self.tables.number(page) for page in here]], np.int32)
         for move in self.every:
             if (
                 move.before is at
@@ -278,7 +283,7 @@ class _Search:
         raise AssertionError("an event without a move that does it")
 
     def _key_of(self, pages: tuple[Page, ...], phase: Phase) -> int:
-        row = np.sort(np.array([[self.tables.numbers[page] for page in pages]], np.int32), axis=1)
+        row = np.sort(np.array([[self.tables.number(page) for page in pages]], np.int32), axis=1)
         return int(self.key(phase, row)[0])
 
 

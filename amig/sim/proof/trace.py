@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from amig.sim.proof.moves import name_pages
 from amig.sim.proof.page import Page, misses_a_write
 from amig.sim.proof.rules import Rules
 from amig.sim.proof.search import LATE, LOST, MARK, MAYBE, NEEDLESS, WINDOW, Found
@@ -34,7 +35,7 @@ def _way(page: Page) -> str:
 
 
 def _log(page: Page) -> str:
-    return "1" if page.kernel else "b" if page.buffered else "h" if page.harvested else "."
+    return "r" if page.returned else "1" if page.kernel else "k" if page.kept else "b" if page.buffered else "."
 
 
 def _columns(rules: Rules) -> list[Column]:
@@ -53,7 +54,9 @@ def _columns(rules: Rules) -> list[Column]:
 
 def legend(rules: Rules) -> str:
     """Say what the columns of a trace mean."""
-    log = "ring: has an entry" if rules.ring else "kernel: set in the log"
+    bitmap = "kernel: set in the log"
+    ring = "ring: b in the CPU's buffer, 1 has an entry, r that a GET has returned, k was reset and is kept for a GET"
+    log = ring if rules.ring else bitmap
     parts = [f"One character a page. {log}"]
     if rules.strategy.manual:
         parts.append("C: known to be set in the kernel")
@@ -65,11 +68,6 @@ def legend(rules: Rules) -> str:
     return "; ".join(parts) + "."
 
 
-def name_pages(pages: Sequence[int]) -> str:
-    """Name pages in a sentence."""
-    return f"page {pages[0]}" if len(pages) == 1 else "pages " + " and ".join(map(str, pages))
-
-
 def draw(found: Found, what: str) -> list[str]:
     """Return the lines of the shortest way to an event, aligned."""
     columns = _columns(found.rules)
@@ -79,8 +77,7 @@ def draw(found: Found, what: str) -> list[str]:
     if not moments or moments[0].move.text != "switches the log on":
         rows.append(("", "", "log on, everything pending", *_state(columns, found.start)))
     for number, moment in enumerate(moments, 1):
-        done = moment.move.text.format(name_pages(moment.move.pages or (0,)))
-        rows.append((str(number), moment.move.actor, done, *_state(columns, moment.pages)))
+        rows.append((str(number), moment.move.actor, moment.move.told(), *_state(columns, moment.pages)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [*lines, f"=> {_end(found, what)}"]

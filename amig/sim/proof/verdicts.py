@@ -64,7 +64,7 @@ def verdicts(
 
 def _verdict(rules: Rules, pages: int, depth: int, most: int) -> Verdict:
     verdict = Verdict(design=rules.design, users=rules.users, external=rules.external, failures=rules.failures)
-    starts = (True, False) if rules.strategy.manual else (True,)
+    starts = rules.starts
     every = [search(replace(rules, initially_set=first), pages=pages, depth=depth, most=most) for first in starts]
     for what in (*PROPERTIES, WINDOW, LATE, MAYBE):
         having = [found.rules.initially_set for found in every if what in found.traces]
@@ -81,7 +81,9 @@ def _verdict(rules: Rules, pages: int, depth: int, most: int) -> Verdict:
 
 def window_of(design: str) -> str:
     """From when to when a write makes a page go twice."""
-    return "GET to read" if design in ("auto-clear", RING) else "take to read"
+    if design == RING:
+        return "reset to read"
+    return "GET to read" if design == "auto-clear" else "take to read"
 
 
 def shortest(verdict: Verdict, what: str, *, pages: int = 2) -> Found:
@@ -89,7 +91,8 @@ def shortest(verdict: Verdict, what: str, *, pages: int = 2) -> Found:
 
     Ways in which the guest writes are preferred to those in which saving the device state does.
     """
-    first = verdict.happens[what] != "log starts clear"
+    happens = verdict.happens[what]
+    first = happens != "log starts clear"
     for saving in (False, True):
         rules = Rules(
             design=verdict.design,
