@@ -16,6 +16,11 @@ MIB = 1 << 20
 MIN_CHUNK = 256 << 10
 MAX_CHUNK = 1 << 30
 
+FIXED = 0.003
+"""Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
+PACE_BYTES = 4 * MIB
+"""A round that is shorter does not count for the pace."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
@@ -99,14 +104,31 @@ class Convergence:
     """Decides after every sync whether the guest can be moved within its downtime limit.
 
     The budget is what is left to send at the rate achieved, plus the fixed part: kick, final sync, save, round trips,
-    the two durable records, restore. ``fixed`` starts as an estimate and is corrected by what was measured.
+    the two durable records, restore. The rate is the link's, or the pace at which whole rounds really went, whichever
+    is less: a link that could carry more is no help when the processors can't.
     """
 
     policy: Policy
     limits: Limits
-    fixed: float = 0.004
+    fixed: float = FIXED
+    """Seconds; `measured` adds what was measured to the least."""
+    pace: float = 0.0
+    """Bytes a second at which rounds went from their first clear to their last; 0 before the first."""
     history: list[float] = field(default_factory=list)
     """Remaining bytes seen after each round, the last 16."""
+
+    def measured(self, *, round_trip: float, record: float) -> None:
+        """Take in the seconds of one round trip to the destination, and of writing a durable record here."""
+        self.fixed = FIXED + 2 * round_trip + 2 * record
+
+    def round_took(self, size: int, seconds: float) -> None:
+        """Take in how long a round of ``size`` bytes took; small ones say more about overhead than about pace."""
+        if size >= PACE_BYTES and seconds > 0:
+            self.pace += (size / seconds - self.pace) * (0.5 if self.pace else 1.0)
+
+    def rate(self, link: float) -> float:
+        """Return the bytes a second to count with; ``link`` is what the link carries while it is being sent on."""
+        return min(link, self.pace) if self.pace else link
 
     def downtime(self, remaining_bytes: float, rate: float) -> float:
         """Return the expected downtime in seconds."""

@@ -23,6 +23,9 @@ class Destination(Protocol):
     async def open(self, hello: Hello) -> str:
         """Reach it and agree; returns its identity. Raises `Refused`, `LinkLost`, `SnapshotError`."""
 
+    async def round_trip(self) -> float:
+        """Return the seconds that a message and its answer take."""
+
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:
         """Return the connections that carry memory."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 
 from amig.errors import InDoubt, LinkLost, MigrationError, PeerError, Refused
@@ -36,6 +37,7 @@ from amig.wire.messages import (
 from amig.wire.states import SourceProtocol, SourceState
 
 _ABORT_TIMEOUT = 2.0
+PINGS = 3
 
 
 class Peer:
@@ -93,6 +95,18 @@ class Peer:
         link = FramedConnection(await self._dialer.connect(timeout=self._connect_timeout), protocol)
         self._links.append(link)
         return link
+
+    async def round_trip(self) -> float:
+        """Return the best of a few pings, in seconds; comes before `listen`."""
+        best = self._connect_timeout
+        async with asyncio.timeout(self._connect_timeout):
+            for seq in range(PINGS):
+                began = time.monotonic_ns()
+                await self._links[0].send_message(Ping(seq=seq, sent_ns=began))
+                while not isinstance(message := await self._links[0].receive(), Pong):
+                    await self._handle(message)
+                best = min(best, (time.monotonic_ns() - began) / 1e9)
+        return best
 
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:
         """Return a sink for each connection."""

@@ -50,7 +50,7 @@ class ProgressMeter:
 
     def now(self, state: State) -> Progress:
         """Return progress as of now."""
-        stats, rate = self._stats, self._stats.link.bytes_per_s
+        stats, rate = self._stats, self._convergence.rate(self._stats.link.bytes_per_s)
         done = stats.pages_sent + stats.pages_zero - self._before
         remaining = max(self._planned - done, 0)
         eta, why = self._estimate(state, remaining * PAGE_SIZE, rate)
@@ -91,8 +91,8 @@ class ProgressMeter:
         fits = self._convergence.limits.downtime - self._convergence.fixed
         if self._dirty_rate >= rate:
             return None, (
-                f"the guest to write less: it dirties {self._dirty_rate / 1e6:.0f} MB/s, the link carries "
-                f"{rate / 1e6:.0f} MB/s"
+                f"the guest to write less: it dirties {self._dirty_rate / 1e6:.0f} MB/s and "
+                f"{rate / 1e6:.0f} MB/s get through"
             )
         # Each round leaves the share of it that was dirtied meanwhile: a geometric series down to what fits.
         share = self._dirty_rate / rate

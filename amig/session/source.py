@@ -110,7 +110,10 @@ class SourceSession:
         )
         if not self._keep:
             handover = Handover(migration=self._migration, destination=self._destination.address, peer=self.identity)
+            began = time.monotonic()
             await self._guest.prepare(handover)
+            record = time.monotonic() - began
+            self._convergence.measured(round_trip=await self._destination.round_trip(), record=record)
         sinks = self._destination.sinks(self._ledger.placed)
         self._enter(State.MEMORY)
         async with asyncio.TaskGroup() as group:
