@@ -232,11 +232,17 @@ def test_a_snapshot_is_taken_live_run_and_sent_on(tmp_path: Path) -> None:
     assert amig("run", "d", "--restore", f"file:{tmp_path}/third").code == errors.SnapshotError.exit_code
 
 
-def test_memory_that_leaves_the_machine_in_the_clear_is_warned_of() -> None:
-    said = amig("migrate", "a", "tcp://192.0.2.1:7000")
+def test_memory_leaves_the_machine_in_the_clear_only_with_insecure_and_a_warning() -> None:
+    for words in (("migrate", "a", "tcp://192.0.2.1:7000"), ("receive", "tcp://0.0.0.0:0", "--name", "b")):
+        said = amig(*words)
+        assert said.code == errors.UsageError.exit_code
+        assert "--insecure" in said.err
+        assert "--pair" in said.err
+    said = amig("migrate", "a", "tcp://192.0.2.1:7000", "--insecure")
+    assert said.code == errors.NoSuchGuest.exit_code
     assert "amig: warning: " in said.err
     assert "unencrypted" in said.err
-    with process("receive", "tcp://0.0.0.0:0", "--name", "b") as host:
+    with process("receive", "tcp://0.0.0.0:0", "--name", "b", "--insecure") as host:
         host.until("listening")
         assert "not encrypted" in host.errors.decode()
     assert "warning" not in amig("migrate", "a", "tcp://127.0.0.1:7000").err

@@ -16,20 +16,28 @@ from amig.cli.app import Settings
 from amig.cli.loop import on_signals
 from amig.errors import ControlError, InDoubt, UsageError
 from amig.host.console import SerialChoice, SerialKind, SerialOutput
-from amig.host.detach import READY_FD, Ready, ReadyPipe, log_path, start_detached
+from amig.host.detach import FIRST_DESCRIPTOR, READY_FD, Ready, ReadyPipe, log_path, start_detached
 from amig.host.hosted import Ended, How
 from amig.host.service import HostService
+from amig.transport.stdio import DESCRIPTORS
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
-def detach(name: str, *, timeout: float = 120.0) -> Ready:
-    """Start this very command again in the background; returns once it says that it is up. Raises `HostError`."""
+def detach(name: str, *, timeout: float = 120.0, stdio: tuple[int, int] | None = None) -> Ready:
+    """Start this very command again in the background; returns once it says that it is up. Raises `HostError`.
+
+    ``stdio`` are descriptors that it gets as `amig.transport.stdio.inherited`.
+    """
     package = Path(amig.__file__).parent.parent
     # Where amig is not the code of this directory, nothing of this directory may be imported.
     safe = [] if package == Path.cwd() else ["-P"]
-    return start_detached([*safe, "-m", "amig", *Settings.arguments], log=log_path(name), timeout=timeout)
+    arguments = [*safe, "-m", "amig", *Settings.arguments]
+    if stdio is None:
+        return start_detached(arguments, log=log_path(name), timeout=timeout)
+    places = {DESCRIPTORS: ":".join(str(FIRST_DESCRIPTOR + at) for at in range(len(stdio)))}
+    return start_detached(arguments, log=log_path(name), timeout=timeout, environment=places, descriptors=stdio)
 
 
 def is_detached() -> bool:

@@ -16,6 +16,7 @@ from amig.units import format_duration, format_rate, format_size
 if TYPE_CHECKING:
     from amig.events import Result
     from amig.policy import Policy
+    from amig.transport import LinkOptions
 
 _LIMITS = "Limits"
 _STREAM = "Stream"
@@ -28,22 +29,31 @@ class Request:
     source: str
     destination: str
     policy: Policy
+    link: LinkOptions
     stop: bool
     log: Path | None
     json: bool
 
 
 @command(
-    "amig migrate web1 tcp://hostb:7000 --downtime 50ms --bandwidth 500MB/s",
-    "amig migrate web1 tcp://hostb:7000 --streams 2 --compression zstd --timeout 5min --on-timeout switch",
+    "amig migrate web1 ssh://hostb/web1 --downtime 50ms --bandwidth 500MB/s",
+    "amig migrate web1 -                  # asks for the address that amig receive --pair shows on the other side",
+    "amig migrate web1 tls://hostb:7000 --streams 2 --compression zstd --timeout 5min --on-timeout switch",
     "amig migrate web1 file:/backup/web1.snapshot",
-    "amig migrate file:/backup/web1.snapshot tcp://hostb:7000",
+    "amig migrate file:/backup/web1.snapshot ssh://hostb/web1",
 )
 def migrate(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A guest's name, the path of its control socket, or file:PATH.")
     ],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="tcp://HOST:PORT, unix:PATH, or file:PATH.")],
+    destination: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST",
+            help="ssh://[USER@]HOST/NAME, tls://HOST:PORT, tcp://HOST:PORT, unix:PATH, file:PATH; - reads it from "
+            "standard input.",
+        ),
+    ],
     bandwidth: Annotated[
         str, typer.Option("--bandwidth", metavar="RATE", help="Most bytes a second.", rich_help_panel=_LIMITS)
     ] = "unlimited",
@@ -94,9 +104,25 @@ def migrate(
     dirty_log: Annotated[
         str | None,
         typer.Option(
-            "--dirty-log", metavar="STRATEGY", help="slot-cache or auto-clear; else the best.", rich_help_panel=_STREAM
+            "--dirty-log",
+            metavar="STRATEGY",
+            help="exact, slot-cache or auto-clear (or ring, if the host has one); else the best.",
+            rich_help_panel=_STREAM,
         ),
     ] = None,
+    lose_pages: Annotated[
+        bool,
+        typer.Option(
+            "--this-may-destroy-the-guest",
+            help="Allow --dirty-log blind and migration-bitmap, which are known to lose pages: the guest's memory is "
+            "damaged where it arrives. To see that for yourself.",
+            rich_help_panel=_STREAM,
+        ),
+    ] = False,
+    insecure: options.Insecure = False,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    tls_ca: options.TlsCa = None,
     stop: Annotated[bool, typer.Option("--stop", help="With a file: the guest doesn't run on.")] = False,
     log: Annotated[
         Path | None, typer.Option("--log", metavar="FILE", help="Append all events to a file, as JSON lines.")
@@ -105,17 +131,22 @@ def migrate(
 ) -> None:
     """Move a running guest to another host, or write it to a file.
 
-    DST is where amig receive listens. The guest runs on here while its memory is sent, again and again what it wrote
-    meanwhile, until the rest fits the downtime; then it is paused, and goes on over there. Whatever fails before the
-    other side has everything, it runs on here. Ctrl-C, or amig cancel NAME, keeps it here.
+    DST is where amig receive listens; with ssh:// it is started there. The guest runs on here while its memory is sent,
+    again and again what it wrote meanwhile, until the rest fits the downtime; then it is paused, and goes on over
+    there. Whatever fails before the other side has everything, it runs on here. Ctrl-C, or amig cancel NAME, keeps it
+    here.
 
     A migration to a file is a live snapshot: the guest runs on (with --stop it doesn't), and the file appears when it
     is whole. A file can be SRC, too.
+
+    An address of amig receive --pair has a secret in it, and every user of this machine can read command lines: write -
+    as DST, and paste it when asked, or send it through a pipe. What ssh is run as is in AMIG_SSH (ssh -i KEY), where
+    amig is found on the other side in AMIG_REMOTE_PATH.
     """
     from amig.cli.caution import plain_tcp
     from amig.cli.loop import run as run_loop
+    from amig.cli.secret import read_destination
     from amig.policy import Policy
-    from amig.transport.address import parse
 
     policy = Policy(
         bandwidth=options.rate("--bandwidth", bandwidth),
@@ -126,6 +157,7 @@ def migrate(
         chunk=options.size("--chunk", chunk),
         chunk_span=None if chunk_span is None else options.size("--chunk-span", chunk_span),
         dirty_log=dirty_log,
+        may_lose_pages=lose_pages,
         compression=compression.value,
         level=level,
         workers=workers,
@@ -133,10 +165,12 @@ def migrate(
         connect_timeout=options.seconds("--connect-timeout", connect_timeout),
         handover_timeout=options.seconds("--handover-timeout", handover_timeout),
     )
-    warning = plain_tcp(parse(destination), "migrate")
+    link = options.link(insecure=insecure, cert=tls_cert, key=tls_key, ca=tls_ca)
+    destination = read_destination(destination)
+    warning = plain_tcp(destination, link, listening=False)
     if warning:
         say.warn(warning)
-    request = Request(source=source, destination=destination, policy=policy, stop=stop, log=log, json=json)
+    request = Request(source=source, destination=destination, policy=policy, link=link, stop=stop, log=log, json=json)
     outcome = run_loop(_migrate(request))
     if json:
         say.json_line(outcome)
@@ -151,9 +185,10 @@ async def _migrate(request: Request) -> Result:
     from amig.cli.event_log import event_log
     from amig.cli.loop import on_signals
     from amig.cli.progress import display
+    from amig.session.endpoints import shown as without_secret
     from amig.session.migration import Migration
 
-    migration = Migration(request.source, request.destination, request.policy, stop=request.stop)
+    migration = Migration(request.source, request.destination, request.policy, stop=request.stop, link=request.link)
     asked = False
 
     def cancel(_: signal.Signals) -> None:
@@ -166,7 +201,7 @@ async def _migrate(request: Request) -> Result:
         else:
             say.note("amig: too late to cancel: the destination has the guest, and only its answer is awaited")
 
-    title = f"{request.source} to {request.destination}"
+    title = f"{request.source} to {without_secret(request.destination)}"
     async with event_log(request.log) as write:
         with on_signals(cancel), display(title, quiet=request.json) as shown:
             await migration.__aenter__()

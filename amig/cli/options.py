@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from amig.errors import UsageError
 from amig.units import parse_duration, parse_rate, parse_size
 
+if TYPE_CHECKING:
+    from amig.transport import LinkOptions
+
 T = TypeVar("T")
+_TRUST = "Trust"
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for programs.")]
 Detach = Annotated[
@@ -23,6 +29,22 @@ Serial = Annotated[
 ]
 GuestName = Annotated[str, typer.Argument(metavar="NAME", help="The guest's name, or the path of its control socket.")]
 Lifeline = Annotated[bool, typer.Option("--lifeline", hidden=True, help="End when standard input does.")]
+
+
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Let tcp:// leave this machine, in the clear.", rich_help_panel=_TRUST)
+]
+TlsCert = Annotated[
+    str | None,
+    typer.Option("--tls-cert", metavar="FILE", help="Of tls://; else amig/tls/cert.pem.", rich_help_panel=_TRUST),
+]
+TlsKey = Annotated[
+    str | None, typer.Option("--tls-key", metavar="FILE", help="Its key; else key.pem.", rich_help_panel=_TRUST)
+]
+TlsCa = Annotated[
+    str | None,
+    typer.Option("--tls-ca", metavar="FILE", help="Whom to trust; else ca.pem there.", rich_help_panel=_TRUST),
+]
 
 
 class Engine(StrEnum):
@@ -45,6 +67,22 @@ class OnTimeout(StrEnum):
 
     CANCEL = "cancel"
     SWITCH = "switch"
+
+
+def link(*, insecure: bool, cert: str | None, key: str | None, ca: str | None) -> LinkOptions:
+    """Return how peers are reached; raises `UsageError` for what ``AMIG_SSH`` can't mean."""
+    from amig.transport import LinkOptions, TlsFiles
+
+    try:
+        ssh = tuple(shlex.split(os.environ.get("AMIG_SSH", ""))) or ("ssh",)
+    except ValueError as error:
+        raise UsageError(f"AMIG_SSH is no command line: {error}") from None
+    return LinkOptions(
+        insecure=insecure,
+        tls=TlsFiles(cert=cert, key=key, ca=ca),
+        ssh=ssh,
+        remote_amig=os.environ.get("AMIG_REMOTE_PATH") or "amig",
+    )
 
 
 def size(option: str, text: str) -> int:

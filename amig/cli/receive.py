@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from amig.cli import options, say
 from amig.cli.app import command
+from amig.errors import UsageError
+from amig.units import format_duration
 
 if TYPE_CHECKING:
     from amig.cli.hosting import Host
     from amig.errors import AmigError
     from amig.session.inbound import Phase
+    from amig.session.reception import Reception
+    from amig.transport import LinkOptions
 
 _TEXTS = {
     "memory": "a guest is arriving",
@@ -23,19 +28,58 @@ _TEXTS = {
 }
 
 
+PAIR_AT = "tls://0.0.0.0:7000"
+STDIO_TIMEOUT = 1e6
+"""Seconds: the command that ssh runs ends when the guest is here, however long that takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is waited for, and how."""
+
+    address: str | None
+    """None: standard input and output."""
+    link: LinkOptions
+    pair_for: float | None
+    """Seconds that a pairing address is good for; None: no pairing."""
+    once: bool
+    hugepages: bool
+    workers: int
+    detached: bool
+
+
 @command(
-    "amig receive tcp://10.0.0.2:7000 --name web1 --serial file:web1.log",
+    "amig receive --pair --name web1 --serial file:web1.log         # shows an address for amig migrate NAME -",
+    "amig receive tls://0.0.0.0:7000 --name web1",
     "amig receive tcp://127.0.0.1:0 --name web1 --once --json      # the first line tells the port",
     "amig receive unix:/run/move.sock --name web1 --detach",
 )
 def receive(
     address: Annotated[
-        str,
-        typer.Argument(metavar="ADDRESS", help="tcp://HOST:PORT or unix:PATH; with port 0 the kernel chooses one."),
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[ADDRESS]",
+            help="tls://HOST:PORT, tcp://HOST:PORT or unix:PATH; with port 0 the kernel chooses one. With --pair "
+            f"{PAIR_AT} where it is left out.",
+        ),
+    ] = None,
+    *,
     name: Annotated[str, typer.Option("--name", help="What the guest is called on this machine.")],
     serial: options.Serial = "none",
     once: Annotated[bool, typer.Option("--once", help="End when an attempt fails, instead of waiting on.")] = False,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="Encrypt with a secret for one use: no certificates are needed.")
+    ] = False,
+    pair_for: Annotated[
+        str, typer.Option("--pair-for", metavar="TIME", help="How long the address of --pair is good.")
+    ] = "10min",
+    stdio: Annotated[
+        bool, typer.Option("--stdio", help="The far side of ssh://: standard input and output are the connection.")
+    ] = False,
+    insecure: options.Insecure = False,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    tls_ca: options.TlsCa = None,
     hugepages: options.HugePages = False,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Threads that decompress.")] = 1,
     detach: options.Detach = False,
@@ -44,33 +88,73 @@ def receive(
 ) -> None:
     """Wait for a guest to arrive, and host it until it ends or moves on.
 
-    The other side is amig migrate. The stream over tcp is not encrypted: use it on a network that you trust, or through
-    a tunnel.
+    The other side is amig migrate. What needs nothing to be set up is --pair, or amig migrate NAME ssh://HOST/NAME on
+    the other side, which starts this command here by itself. With tls:// both sides show certificates. The stream over
+    tcp:// is not encrypted: outside this machine it needs --insecure.
+
+    The address that --pair shows has a secret in it, good for one source and one attempt. Don't keep it.
     """
     from amig.cli.caution import plain_tcp
     from amig.cli.hosting import Host, is_detached, serial_choice
     from amig.cli.hosting import detach as start
     from amig.cli.loop import run as run_loop
+    from amig.transport import stdio as ssh_side
     from amig.transport.address import parse_socket
 
-    warning = plain_tcp(parse_socket(address), "receive")
+    where = _where(address, pair=pair, stdio=stdio)
+    link = options.link(insecure=insecure, cert=tls_cert, key=tls_key, ca=tls_ca)
+    patience = options.seconds("--pair-for", pair_for)
+    warning = ""
+    if where is not None:
+        parse_socket(where)
+        warning = plain_tcp(where, link, listening=True)
+    elif json or lifeline or serial == "stdio":
+        raise UsageError("--stdio needs standard input and output for itself: leave --json and --serial stdio out")
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
     if warning and not is_detached():
         say.warn(warning)
     if detach and not is_detached():
+        if stdio:
+            start(name, timeout=STDIO_TIMEOUT, stdio=ssh_side.take_over())
+            return
         ready = start(name)
         if json:
-            say.json_line({"listening": ready.info["listening"], "name": name, "pid": ready.pid})
+            invitation = {"invitation": ready.info["invitation"]} if pair else {}
+            say.json_line({"listening": ready.info["listening"], **invitation, "name": name, "pid": ready.pid})
         else:
             say.result(ready.info["text"])
         return
     logging.getLogger("amig.session.reception").setLevel(logging.ERROR)  # we tell of failed attempts ourselves
+    request = Request(
+        address=where,
+        link=link,
+        pair_for=patience if pair else None,
+        once=once or pair or stdio,
+        hugepages=hugepages,
+        workers=workers,
+        detached=is_detached(),
+    )
     host = Host(name, choice, json=json, lifeline=lifeline)
-    raise typer.Exit(run_loop(_receive(host, address, once=once, hugepages=hugepages, workers=workers)))
+    raise typer.Exit(run_loop(_receive(host, request)))
 
 
-async def _receive(host: Host, address: str, *, once: bool, hugepages: bool, workers: int) -> int:
+def _where(address: str | None, *, pair: bool, stdio: bool) -> str | None:
+    if stdio:
+        if address is not None or pair:
+            raise UsageError("--stdio is the connection: leave ADDRESS and --pair out")
+        return None
+    if address is None and not pair:
+        raise UsageError(f"where shall it listen? Write --pair, tls://HOST:PORT, or unix:PATH ({PAIR_AT} is usual)")
+    where = address or PAIR_AT
+    if pair and not where.lower().startswith("tls:"):
+        raise UsageError(f"--pair listens on tls://HOST:PORT, {PAIR_AT} where it is left out")
+    return where
+
+
+async def _receive(host: Host, request: Request) -> int:
     from amig.session.reception import Reception
+    from amig.transport import stdio
+    from amig.transport.pairing import PairingHost
 
     def on_phase(phase: Phase) -> None:
         word = str(phase)
@@ -78,27 +162,30 @@ async def _receive(host: Host, address: str, *, once: bool, hugepages: bool, wor
             host.say(f"{host.name}: {_TEXTS[word]}", {"event": "phase", "phase": word})
 
     def on_failure(error: AmigError) -> None:
-        if not once:
+        if not request.once:
             text = f"{host.name}: the attempt failed, waiting for the next one: {error}"
             host.say(text, {"event": "failed", "error": str(error), "exit_code": error.exit_code})
 
     async def body() -> int:
+        pairing = None if request.pair_for is None else PairingHost(lasts=request.pair_for)
+        where = request.address or stdio.StdioListener(*(stdio.inherited() or stdio.take_over()))
         reception = Reception(
-            address,
+            where,
             name=host.name,
             sinks=host.sinks,
-            once=once,
-            hugepages=hugepages,
-            workers=workers,
+            once=request.once,
+            link=request.link,
+            pairing=pairing,
+            hugepages=request.hugepages,
+            workers=request.workers,
             on_phase=on_phase,
             on_failure=on_failure,
         )
         async with reception, host.keys(reception.service):
-            here = reception.address
-            text = f"{host.name}: listening on {here}\n  amig migrate NAME {here} on the other side moves a guest here"
-            host.say(text, {"listening": here})
-            host.is_up(listening=here, text=text)
+            if request.address is not None:
+                _announce(host, reception, request)
             await reception.arrived()
+            host.is_up()
             machine = reception.service.hosted.machine
             value = {"event": "running", "name": host.name, "engine": machine.engine}
             host.say(f"{host.name}: the guest runs here now", value | {"socket": str(reception.service.socket_path)})
@@ -106,3 +193,20 @@ async def _receive(host: Host, address: str, *, once: bool, hugepages: bool, wor
         return host.last_word(ended)
 
     return await host.run(body)
+
+
+def _announce(host: Host, reception: Reception, request: Request) -> None:
+    here, invitation = reception.address, reception.invitation
+    if request.pair_for is None:
+        text = f"{host.name}: listening on {here}\n  amig migrate NAME {here} on the other side moves a guest here"
+        host.say(text, {"listening": here})
+        host.is_up(listening=here, text=text)
+        return
+    text = (
+        f"{host.name}: listening on {here} for {format_duration(request.pair_for)}, for one source\n"
+        f"  amig migrate NAME - on the other side asks for this address, which has a secret in it and is good once:\n"
+        f"{invitation}"
+    )
+    if not request.detached:  # the output of a detached host is a log, and the secret must not be in it
+        host.say(text, {"listening": here, "invitation": invitation})
+    host.is_up(listening=here, invitation=invitation, text=text)

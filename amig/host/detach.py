@@ -24,6 +24,8 @@ from amig.host.record import state_dir
 
 READY_FD = "AMIG_READY_FD"
 """Environment variable that names the child's end of the pipe."""
+FIRST_DESCRIPTOR = 4
+"""Number of the first descriptor that the child is given."""
 MAX_MESSAGE = 64 << 10
 _LOG_TAIL = 2000
 
@@ -56,20 +58,29 @@ def log_path(name: str) -> Path:
 
 
 def start_detached(
-    arguments: Sequence[str], *, log: Path, timeout: float = 120.0, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    timeout: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> Ready:
     """Run ``python ARGUMENTS`` detached and wait until it says that it is up; returns what it said. Blocks.
 
-    ``arguments`` follow the interpreter, as in ``["-m", "amig", "run", "web1"]``, without ``--detach``.
+    ``arguments`` follow the interpreter, as in ``["-m", "amig", "run", "web1"]``, without ``--detach``. The child has
+    ``descriptors`` as `FIRST_DESCRIPTOR` and the numbers after it.
     Raises `DetachFailed` with the child's own words and exit code; it has ended then. An exception while waiting
     (Ctrl-C) ends it too. Works without a child watcher and leaves nothing to be waited for.
     """
     reader, writer = os.pipe()
+    given: list[int] = []
     try:
-        # a number that no file action below uses, whatever the parent has open
-        high = fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, 10)
+        # numbers that no file action below uses, whatever the parent has open
+        beyond = FIRST_DESCRIPTOR + len(descriptors) + 10
+        high = fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, beyond)
         os.close(writer)
         writer = high
+        given.extend(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, beyond) for fd in descriptors)
         try:
             pid = os.posix_spawn(
                 sys.executable,
@@ -82,6 +93,7 @@ def start_detached(
                     (os.POSIX_SPAWN_DUP2, writer, 3),
                     # what a shell or a test runner left open would keep their pipes from ending
                     *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
+                    *((os.POSIX_SPAWN_DUP2, fd, FIRST_DESCRIPTOR + at) for at, fd in enumerate(given)),
                 ],
                 setsid=True,
             )
@@ -100,9 +112,9 @@ def start_detached(
             raise DetachFailed(text, exit_code=ready.exit_code if ready is not None else HostError.exit_code)
         return ready
     finally:
-        os.close(reader)
-        if writer >= 0:
-            os.close(writer)
+        for fd in (reader, writer, *given):
+            if fd >= 0:
+                os.close(fd)
 
 
 def _inheritable() -> list[int]:

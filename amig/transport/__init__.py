@@ -16,7 +16,17 @@ from amig.transport.options import LinkOptions, TlsFiles, check_plain
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds."""
 
-__all__ = ["CONNECT_TIMEOUT", "Connection", "Dialer", "LinkOptions", "Listener", "TlsFiles", "connect", "listen"]
+__all__ = [
+    "CONNECT_TIMEOUT",
+    "Connection",
+    "Dialer",
+    "LinkOptions",
+    "Listener",
+    "TlsFiles",
+    "check_plain",
+    "connect",
+    "listen",
+]
 
 
 async def connect(

@@ -97,8 +97,9 @@ class AdmittingListener(Generic[C]):
                 accepting.result().abort()
 
     def _begin(self, connection: C) -> None:
-        if len(self._strangers) >= MAX_STRANGERS:
-            next(iter(self._strangers)).cancel()
+        staying = [task for task in self._strangers if not task.done() and not task.cancelling()]
+        if len(staying) >= MAX_STRANGERS:
+            staying[0].cancel()
         task = asyncio.create_task(self._prove(connection), name=f"amig-admit-{connection.peer}")
         self._strangers[task] = connection
 
