@@ -19,9 +19,9 @@ ALLOWED: dict[str, set[str]] = {
     "stages": CORE,
     "wire": CORE,
     "transport": CORE | {"wire"},
-    "sim": CORE | {"dirty"},
+    "sim": CORE | {"dirty", "host"},
     "control": CORE | {"dirty"},
-    "host": CORE | {"kvm", "dirty", "control", "sim"},
+    "host": CORE | {"kvm", "dirty", "control"},
     "session": CORE | {"stages", "wire", "transport", "control", "host", "sim"},
 }
 """Rooms may import what stands here, and themselves; ``cli``, ``report`` and the top everything."""
