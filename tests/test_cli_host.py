@@ -107,10 +107,26 @@ def test_a_signal_ends_a_host_in_order(number: signal.Signals, code: int) -> Non
         host.send(number)
         said = host.end()
         assert said.code == code
+        assert said.lines[-1] == {"event": "ended", "how": "stopped", "reason": number.name}
         assert "Traceback" not in said.err
     assert names() == []
     with running("a"):
         pass  # nothing was left that would be in the way
+
+
+def test_a_host_to_which_nobody_listens_any_more_goes_on() -> None:
+    with process("run", "a", *SIMULATED, "--json") as host, receiving("b") as (waiting, address):
+        host.until('"running"')
+        for stream in (host.popen.stdout, waiting.popen.stdout):
+            assert stream is not None
+            stream.close()
+        ok("migrate", "a", address)
+        assert host.popen.wait(60) == 0
+        assert ok("verify", "b").code == 0
+        ok("stop", "b")
+        assert waiting.popen.wait(60) == 0
+        for closed in (host, waiting):
+            closed.popen.stdout = None
 
 
 def test_a_waiting_host_ends_by_a_signal_too() -> None:

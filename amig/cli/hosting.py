@@ -78,12 +78,10 @@ class Host:
 
     def say(self, text: str, value: object) -> None:
         """Tell people or programs, without disturbing the guest's own output."""
-        if self.json:
-            say.json_line(value)
-        elif self.interactive:
+        if self.interactive:
             say.note(text)
         else:
-            say.result(text)
+            say.to_whoever_listens(say.encode(value) if self.json else text)
 
     def is_up(self, **info: str) -> None:
         """Tell whoever detached us that we are up."""
@@ -111,6 +109,8 @@ class Host:
         except asyncio.CancelledError:
             if self._ended_by is None:
                 raise
+            name = self._ended_by.name
+            self.say(f"{self.name} was ended by {name}", {"event": "ended", "how": "stopped", "reason": name})
             return EXIT_INTERRUPTED if self._ended_by == signal.SIGINT else 0 if self._up else EXIT_TERMINATED
         except BaseException as error:
             if self._pipe is not None:
