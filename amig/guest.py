@@ -98,11 +98,13 @@ class Guest(Protocol):
     def memory(self) -> GuestMemory:
         """Live memory, to be read only."""
 
-    async def log_start(self, strategy: str | None) -> LogStarted:
+    async def log_start(self, strategy: str | None, *, unsafe: bool = False) -> LogStarted:
         """Become a user of the dirty log; all pages are pending afterwards.
 
-        ``strategy`` None takes the host's best, or the one in use. Refused with code ``strategy-in-use`` when another
-        user has set a different one, ``unsupported`` when this host can't do it.
+        ``strategy`` None takes the host's best, or the one in use, but is never its exact user: a migration names what
+        it wants, the first of `GuestInfo.strategies` at best. Refused with code ``strategy-in-use`` when another user
+        has set a different one, ``unsupported`` when this host can't do it, ``busy`` when it is ``exact`` and has its
+        exact user, ``unsafe`` when it is known to lose pages and ``unsafe`` was not given.
         """
 
     async def sync(self) -> Mapping[int, Words]:

@@ -42,6 +42,8 @@ class Policy:
     """Most bytes of address range of a chunk; None: as far as the dirty bytes reach."""
     dirty_log: str | None = None
     """Strategy of the dirty log; None: the host's best."""
+    may_lose_pages: bool = False
+    """Allow a ``dirty_log`` that is known to lose pages: for comparisons, with a guest that nobody needs."""
     compression: Compression = "none"
     level: int = 1
     """zstd level, 1 to 19."""

@@ -85,9 +85,9 @@ class ModelGuest:
             self.array.touched[0][index] = True
             self.log.guest_write(0, index)
 
-    async def log_start(self, strategy: str | None) -> LogStarted:
+    async def log_start(self, strategy: str | None, *, unsafe: bool = False) -> LogStarted:
         self.calls.append("log_start")
-        self.user = self.hub.open("migration", strategy)
+        self.user = self.hub.open("migration", strategy, unsafe=unsafe)
         return self.user.started
 
     async def sync(self) -> Mapping[int, Words]:

@@ -90,7 +90,7 @@ async def test_it_says_what_the_guest_is(world: World) -> None:
     assert guest.info.vcpus == 2
     assert guest.info.memory == MAP
     assert guest.info.state is RunState.RUNNING
-    assert guest.info.strategies[0] == "slot-cache"
+    assert guest.info.strategies[0] == "exact"
     assert b"fake machine" in guest.info.machine
 
 
@@ -104,7 +104,7 @@ async def test_it_shows_live_memory(world: World) -> None:
 async def test_all_pages_are_pending_when_the_log_starts(world: World) -> None:
     guest = await world.open()
     started = await guest.log_start(None)
-    assert started.strategy == "slot-cache"
+    assert started.strategy == "exact"
     assert started.initially_set
     assert started.generation == 1
     found = await guest.sync()

@@ -125,7 +125,7 @@ def test_all_logs_are_on_before_any_is_read() -> None:
 
 
 def test_the_best_strategy_is_taken_and_offered_first() -> None:
-    for abilities, names in ((MODERN, ("slot-cache", "exact", "auto-clear")), (OLD, ("auto-clear",))):
+    for abilities, names in ((MODERN, ("exact", "slot-cache", "auto-clear")), (OLD, ("auto-clear",))):
         log, hub, (user,) = one_slot(abilities)
         assert hub.offered == names
         assert hub.strategy == names[0] == user.started.strategy
@@ -182,6 +182,63 @@ def test_there_is_one_exact_user_and_others_join_without_asking() -> None:
     assert [user.exact for user in hub.users] == [True, False]
     first.close()
     assert hub.open("next migration", "exact").started.strategy == "exact"
+
+
+def test_a_migration_may_join_a_log_that_a_meter_has_switched_on() -> None:
+    log, hub, (meter,) = one_slot()
+    assert hub.strategy == "exact"
+    assert [user.exact for user in hub.users] == [False], "who watches leaves the place to a migration"
+    take_all(meter, hub)
+    migration = hub.open("migration", "exact")
+    assert [user.exact for user in hub.users] == [False, True]
+    take_all(migration, hub)
+    assert len(take_all(meter, hub)) == 300, "owed: what it cleared may have been news"
+    log.guest_write(0, [3])
+    hub.mark(0, 3, 1)
+    assert take_all(meter, hub) == [3]
+    assert take_all(migration, hub) == [3]
+    assert log.dirty(0) == []
+    assert take_all(meter, hub) == [3], "owed"
+    assert len(log.named("start")) == 1
+
+
+@pytest.mark.parametrize("first", ["slot-cache", "exact"])
+@pytest.mark.parametrize("then", ["slot-cache", "exact"])
+def test_a_log_goes_over_to_what_a_migration_names_while_nobody_is_exact(first: str, then: str) -> None:
+    log, hub, (meter,) = one_slot(strategy="slot-cache")
+    if first == "exact":
+        hub.open("first migration", "exact").close()
+    assert hub.strategy == first
+    take_all(meter, hub)
+    log.guest_write(0, [5])
+    meter.sync()
+    migration = hub.open("migration", then)
+    assert hub.strategy == then == migration.started.strategy == meter.started.strategy
+    log.guest_write(0, [6])
+    take_all(migration, hub)
+    assert log.dirty(0) == ([] if then == "exact" else [6])
+    migration.sync()
+    assert {5, 6} <= set(take_all(meter, hub))
+    assert take_all(migration, hub) == ([] if then == "exact" else [6])
+
+
+def test_a_log_does_not_go_over_under_its_exact_user_or_to_what_keeps_no_cache() -> None:
+    _log, hub, (_migration,) = one_slot(strategy="exact")
+    for name in ("slot-cache", "auto-clear"):
+        with refused("strategy-in-use"):
+            hub.open("second migration", name)
+    _log, hub, (_meter,) = one_slot(strategy="auto-clear")
+    for name in ("slot-cache", "exact"):
+        with refused("strategy-in-use"):
+            hub.open("migration", name)
+    assert hub.strategy == "auto-clear"
+
+
+def test_nobody_joins_by_name_what_loses_pages_without_allowing_it() -> None:
+    _log, hub, _users = one_slot(strategy="migration-bitmap")
+    with refused("unsafe"):
+        hub.open("second", "migration-bitmap")
+    assert hub.open("second", "migration-bitmap", unsafe=True).started.strategy == "migration-bitmap"
 
 
 def test_users_are_bounded() -> None:

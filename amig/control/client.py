@@ -85,12 +85,12 @@ class SocketGuest:
 
     # --- the dirty log -----------------------------------------------------------------------------------------------
 
-    async def log_start(self, strategy: str | None, *, apart: bool = False) -> LogStarted:
+    async def log_start(self, strategy: str | None, *, unsafe: bool = False, apart: bool = False) -> LogStarted:
         """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this connection is a user already.
 
         ``apart`` is for a user that counts: see `take_apart`.
         """
-        reply, fds = await self._link.request(rq.LogStart(strategy=strategy, apart=apart), rp.LogIsOn)
+        reply, fds = await self._link.request(rq.LogStart(strategy=strategy, unsafe=unsafe, apart=apart), rp.LogIsOn)
         try:
             _expect(fds, 2)
             bitmaps = BitmapReader(fds[0], reply.bitmaps, self._info.memory)

@@ -35,6 +35,8 @@ class LogStart(Request, frozen=True, kw_only=True):
     """Become a user of the dirty log; the reply brings the shared bitmaps and the take socket."""
 
     strategy: Short | None = None
+    unsafe: bool = False
+    """Allow a strategy that is known to lose pages."""
     apart: bool = False
     """Count pages that are only possibly dirty apart; see the reply of a take."""
 

@@ -24,7 +24,7 @@ from amig import bitmap
 from amig.dirty.layout import Layout, start
 from amig.dirty.ledger import Account, Ledger
 from amig.dirty.log import ExternalLog, KernelLog
-from amig.dirty.registry import best, obstacle, offered, strategies
+from amig.dirty.registry import best, interchangeable, obstacle, offered, strategies
 from amig.dirty.strategy import Strategy
 from amig.errors import ControlError, UsageError
 from amig.guest import LogStarted
@@ -170,19 +170,24 @@ class DirtyLogHub:
         """Become a user of the log; all pages are pending for it. ``apart``: see `HubUser.take_apart`.
 
         The first user switches logging on for all slots and sets the strategy; ``strategy`` None takes the best, or
-        the one in force. Raises `ControlError`: ``unsupported`` (unknown, or this kernel can't do it), ``unsafe`` (it
-        loses pages and ``unsafe`` was not given), ``strategy-in-use``, ``busy`` (a second exact user, or too many
-        users), ``log-failed``; and `KvmError` when logging can't be switched on: then it is off.
+        the one in force, and never the place of its exact user, so that a display or a meter leaves that to a
+        migration. Who names ``exact`` is the exact user; a log that a display or a meter has switched on goes over to
+        the design which a migration names, where that is safe (`amig.dirty.registry.interchangeable`).
+
+        Raises `ControlError`: ``unsupported`` (unknown, or this kernel can't do it), ``unsafe`` (it loses pages and
+        ``unsafe`` was not given), ``strategy-in-use``, ``busy`` (a second exact user, or too many users),
+        ``log-failed``; and `KvmError` when logging can't be switched on: then it is off.
         """
         with self._lock:
             chosen = self._choose(strategy, unsafe=unsafe)
             exact = chosen.one_exact_user and strategy is not None
-            accounts = self._ledger.accounts if self._ledger else []
+            accounts = self._accounts
             if exact and any(other.exact for other in accounts):
                 raise ControlError(f"{chosen.name} has its one user already: is a migration running?", code="busy")
             if len(accounts) >= MAX_USERS:
                 raise ControlError(f"the dirty log has {MAX_USERS} users already", code="busy")
             if self._ledger is not None:
+                self._ledger.strategy = chosen
                 return HubUser(self, self._ledger.join(name, exact=exact, apart=apart))
             ledger = Ledger(chosen, self._layout)
             account = ledger.join(name, exact=exact, apart=apart)
@@ -329,12 +334,16 @@ class DirtyLogHub:
 
     # What happens under the lock.
 
+    @property
+    def _accounts(self) -> list[Account]:
+        return self._ledger.accounts if self._ledger else []
+
     def _choose(self, name: str | None, *, unsafe: bool) -> Strategy:
         abilities = self._log.abilities
         if self._failed:
             raise ControlError(self._failed, code="log-failed")
         now = self._ledger.strategy if self._ledger else None
-        if now and name in (None, now.name):
+        if now and name is None:
             return now
         name = name or best(abilities)
         kind = strategies.get(name)
@@ -344,7 +353,9 @@ class DirtyLogHub:
             raise ControlError(why_not, code="unsupported")
         if kind.unsafe and not unsafe:
             raise ControlError(f"{name} is known to lose pages and was not explicitly allowed", code="unsafe")
-        if now:
+        if now and name == now.name:
+            return now
+        if now and not (interchangeable(name, now.name) and not any(user.exact for user in self._accounts)):
             raise ControlError(f"the dirty log is in use with {now.name}: take that, or wait", code="strategy-in-use")
         return kind()
 

@@ -15,10 +15,22 @@ from amig.dirty.ring import Ring
 from amig.dirty.slot_cache import SlotCache
 from amig.dirty.strategy import Strategy
 
-_ORDER: Final[tuple[type[Strategy], ...]] = (SlotCache, Exact, AutoClear, Ring, MigrationBitmap, Blind)
+_ORDER: Final[tuple[type[Strategy], ...]] = (Exact, SlotCache, AutoClear, Ring, MigrationBitmap, Blind)
 
 strategies: Final[Mapping[str, type[Strategy]]] = MappingProxyType({cls.name: cls for cls in _ORDER})
 """Every design, the recommended ones first."""
+
+
+_ALIKE: Final = frozenset((Exact.name, SlotCache.name))
+
+
+def interchangeable(one: str, other: str) -> bool:
+    """Whether a log may go over from one design to the other while nobody is the exact user.
+
+    exact and slot-cache keep C alike and differ only in what the exact user clears, so what one of them leaves is what
+    the other expects: C is a part of every user's pending bits.
+    """
+    return one in _ALIKE and other in _ALIKE
 
 
 def obstacle(name: str, abilities: LogAbilities) -> str | None:
@@ -41,7 +53,8 @@ def offered(abilities: LogAbilities) -> tuple[str, ...]:
 def best(abilities: LogAbilities) -> str:
     """Return the design to use when nobody asked for one.
 
-    That is slot-cache; auto-clear on kernels before 5.2; ring where the host has chosen that.
+    That is exact, which no other beats in the model (docs/dirty-log.md); auto-clear on kernels before 5.2; ring where
+    the host has chosen that.
     """
     return next(
         name

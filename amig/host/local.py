@@ -74,7 +74,7 @@ class LocalGuest:
 
     # --- the dirty log -----------------------------------------------------------------------------------------------
 
-    async def log_start(self, strategy: str | None, *, apart: bool = False) -> LogStarted:
+    async def log_start(self, strategy: str | None, *, unsafe: bool = False, apart: bool = False) -> LogStarted:
         """See `amig.guest.Guest.log_start`; refused with ``already-on`` when this object is a user already.
 
         ``apart`` is for a user that counts: see `take_apart`.
@@ -84,10 +84,10 @@ class LocalGuest:
             raise ControlError("this connection is a user of the dirty log already", code="already-on")
         self._hosted.require("be migrated", RunState.RUNNING, RunState.PAUSED)
         with refusing():
-            return await self._hosted.vm.call(self._open, strategy, apart)
+            return await self._hosted.vm.call(self._open, strategy, unsafe, apart)
 
-    def _open(self, strategy: str | None, apart: bool) -> LogStarted:
-        user = self._hosted.hub.open(self.name, strategy, apart=apart)
+    def _open(self, strategy: str | None, unsafe: bool, apart: bool) -> LogStarted:
+        user = self._hosted.hub.open(self.name, strategy, unsafe=unsafe, apart=apart)
         try:
             started = user.started
         except BaseException:

@@ -203,7 +203,7 @@ class HostSession:
 
     async def _log_start(self, request: rq.LogStart) -> Answer:
         guest = self._user()
-        started = await guest.log_start(request.strategy, apart=request.apart)
+        started = await guest.log_start(request.strategy, unsafe=request.unsafe, apart=request.apart)
         try:
             log = _Log(guest)
         except BaseException:

@@ -92,7 +92,7 @@ class SnapshotGuest:
         """Its memory, loaded."""
         return self._memory
 
-    async def log_start(self, strategy: str | None) -> LogStarted:
+    async def log_start(self, strategy: str | None, *, unsafe: bool = False) -> LogStarted:
         """All pages are pending, once."""
         self._pending = {region.id: bitmap.ones(region.pages) for region in self._info.memory.regions}
         return LogStarted(strategy="none", initially_set=True, generation=self._info.memory.generation)

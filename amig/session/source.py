@@ -16,9 +16,9 @@ import contextlib
 import hashlib
 import time
 
-from amig.errors import AmigError, InDoubt
+from amig.errors import AmigError, ControlError, InDoubt
 from amig.events import Notice, State, StateChanged
-from amig.guest import Guest, Handover, Outcome
+from amig.guest import Guest, Handover, LogStarted, Outcome
 from amig.memory import WORD_PAGES
 from amig.policy import Convergence, Limits, Policy
 from amig.session.destination import Destination
@@ -89,10 +89,25 @@ class SourceSession:
         finally:
             await to_its_end(self._destination.close())
 
+    async def _start_log(self) -> LogStarted:
+        """Take the design that was asked for; else the host's best, or what others use already if that is safe."""
+        asked, best = self._policy.dirty_log, self._guest.info.strategies
+        if asked is not None or not best:
+            return await self._guest.log_start(asked, unsafe=self._policy.may_lose_pages)
+        try:
+            return await self._guest.log_start(best[0])
+        except ControlError as error:
+            if error.code != "strategy-in-use":
+                raise
+        started = await self._guest.log_start(None)
+        if started.strategy not in best:
+            raise ControlError(f"the dirty log is in use with {started.strategy}, which loses pages", code="unsafe")
+        return started
+
     async def _run(self) -> None:
         self._enter(State.CONNECTING)
         info = self._guest.info
-        started = await self._guest.log_start(self._policy.dirty_log)
+        started = await self._start_log()
         self.strategy = started.strategy
         self.identity = await self._destination.open(
             Hello(
