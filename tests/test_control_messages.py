@@ -48,6 +48,7 @@ REQUESTS = [
     rq.VhostAttach(id=25),
     rq.VhostStopped(id=26, number=3),
     rq.VhostDetach(id=27),
+    rq.LogCounters(id=28),
 ]
 FROM_HOST = [
     rp.Ok(id=1),
@@ -63,6 +64,21 @@ FROM_HOST = [
     rp.VhostIsAttached(id=8, memory=types.WireMap(generation=1, regions=(), slots=()), log_bytes=4096, running=True),
     rp.VhostStop(number=3),
     rp.VhostRun(),
+    rp.LogCountersAre(
+        id=9,
+        strategy="exact",
+        syncs=1,
+        gets=2,
+        get_ns=3,
+        takes=4,
+        pages_taken=5,
+        clears=6,
+        clear_ns=7,
+        pages_cleared=8,
+        pages_marked=9,
+        pages_logged=10,
+        ring_full=11,
+    ),
 ]
 
 

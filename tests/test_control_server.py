@@ -651,3 +651,22 @@ async def test_the_relay_survives_a_sink_that_fails(host: Host, caplog: pytest.L
     relay.write(b"two")
     assert seen == b"onetwo"
     assert caplog.text.count("gets no more") == 1
+
+
+async def test_what_the_log_has_cost_can_be_asked(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with hosted_guest(tmp_path) as hosted, serving(hosted, path):
+        guest = await SocketGuest.connect(path, map_memory=MappedMemory.from_fds)
+        try:
+            assert (await guest.log_counters()).strategy == ""
+            started = await guest.log_start("slot-cache")
+            await guest.sync()
+            region = guest.info.memory.regions[0]
+            await guest.take_and_clear(region.id, 0, region.pages)
+            counters = await guest.log_counters()
+            assert counters.strategy == started.strategy == "slot-cache"
+            assert (counters.syncs, counters.takes, counters.pages_taken) == (1, 1, region.pages)
+            assert counters.gets >= len(guest.info.memory.slots)
+            assert counters.clears > 0
+        finally:
+            await guest.close()

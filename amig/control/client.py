@@ -146,6 +146,12 @@ class SocketGuest:
     def _pages(self, region: int, first: int, words: Words) -> int:
         return min(len(words) * WORD_PAGES, self._info.memory.region(region).pages - first)
 
+    async def log_counters(self) -> rp.LogCountersAre:
+        """Return what the host's dirty log has done and cost so far, over all its users."""
+        reply, fds = await self._link.request(rq.LogCounters(), rp.LogCountersAre)
+        close_all(fds)
+        return reply
+
     async def log_stop(self) -> None:
         """See `amig.guest.Guest.log_stop`."""
         if self._takes is None:

@@ -21,6 +21,7 @@ AnyRequest = (
     | rq.LogStart
     | rq.Sync
     | rq.GiveBack
+    | rq.LogCounters
     | rq.LogStop
     | rq.Pause
     | rq.Resume
@@ -50,6 +51,7 @@ AnyFromHost = (
     | rp.Error
     | rp.HelloOk
     | rp.LogIsOn
+    | rp.LogCountersAre
     | rp.Saved
     | rp.StatusIs
     | rp.GuestAsked

@@ -68,6 +68,25 @@ class LogIsOn(Reply, frozen=True, kw_only=True):
     bitmaps: Annotated[tuple[BitmapPlace, ...], Meta(max_length=MAX_REGIONS)]
 
 
+class LogCountersAre(Reply, frozen=True, kw_only=True):
+    """`amig.dirty.hub.LogCounters`: since the guest came to this host, over all users; times are of ioctls only."""
+
+    strategy: Short
+    """Empty while nobody uses the log."""
+    syncs: U64
+    gets: U64
+    get_ns: U64
+    takes: U64
+    pages_taken: U64
+    clears: U64
+    clear_ns: U64
+    pages_cleared: U64
+    pages_marked: U64
+    pages_logged: U64
+    ring_full: U64
+    """How often a vCPU had to stop because its dirty ring was full."""
+
+
 class VhostIsAttached(Reply, frozen=True, kw_only=True):
     """Descriptors come along: memory, one a region in the order of ``memory.regions``, then the shared log."""
 

@@ -53,6 +53,10 @@ class GiveBack(Request, frozen=True, kw_only=True):
     words: Annotated[bytes, Meta(max_length=8 * MAX_GIVE_BACK_WORDS)]
 
 
+class LogCounters(Request, frozen=True, kw_only=True):
+    """What the host's dirty log has done and cost so far; any connection may ask."""
+
+
 class LogStop(Request, frozen=True, kw_only=True):
     """Leave the dirty log."""
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 from amig.memory import MAX_REGIONS, MAX_SLOTS, MemoryMap, Region, Slot
 
 VERSION = 1
-FEATURES = frozenset({"take-socket", "migration-registry", "console", "guest-image", "apart", "vhost"})
+FEATURES = frozenset({"take-socket", "migration-registry", "console", "guest-image", "apart", "vhost", "log-counters"})
 """What this version of the protocol can do beyond its fixed part; a client may require any of them by name."""
 
 MAX_FRAME = 64 << 10

@@ -26,7 +26,7 @@ from amig.host.guest_image import ask_guest
 from amig.host.hosted import HostedGuest
 from amig.host.life import Ended
 from amig.host.local import LocalGuest
-from amig.host.status import status
+from amig.host.status import log_counters, status
 
 MAX_CONSOLE_BACKLOG = 256 << 10
 """Bytes of console output queued for one client; more is dropped, and counted."""
@@ -102,6 +102,8 @@ class HostSession:
                 await guest.sync_into(log.bitmaps.pending)
             case rq.GiveBack():
                 await self._give_back(request)
+            case rq.LogCounters():
+                return Answer(log_counters(self._hosted, request=request.id))
             case rq.LogStop():
                 await self._log_stop()
             case rq.Pause():

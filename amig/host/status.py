@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -45,6 +46,15 @@ async def status(hosted: HostedGuest, *, request: int, consoles: int) -> rp.Stat
         if doubt is None
         else rp.HandoverStatus(migration=doubt.migration, destination=doubt.destination, peer=doubt.peer),
         guest=seen,
+    )
+
+
+def log_counters(hosted: HostedGuest, *, request: int) -> rp.LogCountersAre:
+    """Return what the dirty log has cost; raises `ControlError` (``wrong-state``) where there is no guest yet."""
+    hub, log = hosted.hub, hosted.machine.log
+    counted = {field.name: getattr(hub.counters, field.name) for field in dataclasses.fields(hub.counters)}
+    return rp.LogCountersAre(
+        id=request, strategy=hub.strategy or "", ring_full=getattr(log, "full_exits", 0), **counted
     )
 
 
