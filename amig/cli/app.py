@@ -27,8 +27,8 @@ OVERVIEW = """Live migration of real KVM guests.
 
 \b
   hosta$ amig run web1 --kernel vmlinuz --initrd initrd --memory 1400MiB --detach
-  hostb$ amig receive tcp://0.0.0.0:7000 --name web1 --insecure
-  hosta$ amig migrate web1 tcp://hostb:7000 --downtime 50ms --insecure
+  hostb$ amig receive --pair --name web1         # shows an address, good for one use
+  hosta$ amig migrate web1 - --downtime 50ms     # asks for it; or, through ssh: amig migrate web1 ssh://hostb/web1
 
 [bold]Exit codes[/bold]
 
