@@ -269,7 +269,7 @@ def _announce(host: Host, service: HostService, request: Request) -> None:
         (
             f"{name} {how} on {engine}: {format_size(machine.memory.map.size)}, {vcpus}",
             f"  control socket {service.socket_path}",
-            f"  amig status {name} | console {name} | migrate {name} tcp://HOST:PORT | stop {name}",
+            f"  amig status {name} | console {name} | migrate {name} DST | stop {name}",
             *(("  Ctrl-] ends it",) if host.interactive else ()),
         )
     )
