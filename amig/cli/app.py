@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-_MODULES = ("demo", "run", "receive", "migrate", "status", "console", "operate", "prove", "resolve")
+_MODULES = ("demo", "run", "receive", "migrate", "status", "console", "operate", "dirty_rate", "prove", "resolve")
 
 EXAMPLES: dict[str, tuple[str, ...]] = {}
 """What the help of each command shows; comments apart, they are command lines that parse."""

@@ -41,8 +41,8 @@ def take(words: Words, out: Words) -> bool:
     left for the next time. Words that are zero are only looked at: a log is mostly empty, and an exchange costs a
     hundred times as much.
     """
-    out[:] = 0
-    busy = np.flatnonzero(words)
+    np.copyto(out, words)  # looked at in a copy: numpy's own searches fail on arrays that change meanwhile
+    busy = np.flatnonzero(out)
     if not busy.size:
         return False
     exchange = _exchange()

@@ -9,6 +9,7 @@ the last sync of a migration comes when the backends have stopped.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -72,4 +73,6 @@ class VhostLog:
                 os.close(self._fd)
                 self._fd = -1
                 self._words = np.empty(0, dtype=np.uint64)
-                self._map.close()
+                self._found = np.empty(0, dtype=np.uint64)
+                with contextlib.suppress(BufferError):  # a view is held somewhere: the last one to go unmaps
+                    self._map.close()
