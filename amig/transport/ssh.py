@@ -83,6 +83,7 @@ class SshConnection(SocketConnection):
         self._process = process
         assert process.stderr is not None  # noqa: S101 - as `start` has made it
         self._stderr = process.stderr.fileno()
+        self._ended_it = False
         self._line = bytearray()
         self._lines = 0
         self._kept: deque[str] = deque(maxlen=KEPT_LINES)
@@ -131,8 +132,9 @@ class SshConnection(SocketConnection):
     def abort(self) -> None:
         """Drop the connection and end ssh; blocks for the few milliseconds that this takes."""
         super().abort()
-        if self._stderr < 0:
+        if self._ended_it:
             return
+        self._ended_it = True
         self._listen()
         if self._stderr >= 0:
             self._deafen()

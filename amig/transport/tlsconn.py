@@ -119,7 +119,9 @@ class TlsConnection(SocketConnection):
             except ssl.SSLWantReadError:
                 await self._flush()
                 if not await self._more():
-                    raise LinkLost(f"{self._peer} ended the connection in the TLS handshake") from None
+                    raise LinkLost(
+                        f"{self._peer} ended the connection in the TLS handshake: is it plain tcp:// on that side?"
+                    ) from None
             except ssl.SSLError as error:
                 self._say_alert()
                 raise explain(error, self._peer) from error
