@@ -59,10 +59,11 @@ def verdicts(
         for number in range(1, users + 1):
             for external, failures in SOURCES:
                 rules = Rules(design=design, users=number, external=external, failures=failures)
-                yield _verdict(rules, pages, depth, most)
+                yield judge(rules, pages, depth, most)
 
 
-def _verdict(rules: Rules, pages: int, depth: int, most: int) -> Verdict:
+def judge(rules: Rules, pages: int, depth: int, most: int) -> Verdict:
+    """Search a configuration with every start of the log that it can have."""
     verdict = Verdict(design=rules.design, users=rules.users, external=rules.external, failures=rules.failures)
     starts = rules.starts
     every = [search(replace(rules, initially_set=first), pages=pages, depth=depth, most=most) for first in starts]
@@ -110,13 +111,13 @@ def shortest(verdict: Verdict, what: str, *, pages: int = 2) -> Found:
 
 
 def refute(broken: Broken) -> Refuted:
-    """Break a rule and return the shortest way to the harm, the worst harm first, in the plainest configuration."""
-    for what in (LOST, MARK, NEEDLESS):
-        for saving, users, (external, failures) in product((False, True), (1, 2), SOURCES):
-            rules = Rules(
-                design=BROKEN[broken], users=users, external=external, failures=failures, saving=saving, broken=broken
-            )
-            found = search(rules, pages=1, stop=frozenset({what}))
+    """Break a rule and return the shortest way to the worst harm, in the plainest configuration that shows any."""
+    design = BROKEN[broken]
+    harms = PROPERTIES if design == "exact" else (LOST, MARK)  # others copy needlessly with all rules kept
+    for saving, users, (external, failures) in product((False, True), (1, 2), SOURCES):
+        rules = Rules(design=design, users=users, external=external, failures=failures, saving=saving, broken=broken)
+        found = search(rules, pages=1)
+        for what in sorted(harms, key=(LOST, MARK, NEEDLESS).index):
             if what in found.traces:
                 return Refuted(broken=broken, found=found, what=what)
     raise LookupError(f"breaking {broken} does no harm")
