@@ -221,8 +221,8 @@ class MemoryLink:
             view = buffer.reshape(-1).data[: len(content)]
             view[:] = content
             data: tuple[memoryview, ...] = (view,) if content else ()
-            return replace(block, data=data, buffer=buffer if content else None)
+            return replace(block, data=data, size=len(content), buffer=buffer if content else None)
         for view in views:
             view[:], content = content[: len(view)], content[len(view) :]
         self.landed += 1
-        return replace(block, data=(), buffer=None)
+        return replace(block, data=(), size=0, buffer=None)

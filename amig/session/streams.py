@@ -108,6 +108,7 @@ class StreamSource:
             zero_pages=head.zero_pages,
             codec=Codec(head.codec),
             data=data,
+            size=head.data_bytes if data else 0,
             buffer=buffer if data else None,
         )
 

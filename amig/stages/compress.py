@@ -121,4 +121,4 @@ class Compress:
         self._stats.compress_ns += took
         if len(packed) >= raw.nbytes:
             return block
-        return replace(block, codec=Codec.ZSTD, data=(memoryview(packed),))
+        return replace(block, codec=Codec.ZSTD, data=(memoryview(packed),), size=len(packed))

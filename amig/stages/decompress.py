@@ -75,4 +75,4 @@ class Decompress:
             raise PeerError(f"a compressed block can't be decompressed: {error}") from error
         if len(raw) != expected:
             raise PeerError(f"a compressed block held {len(raw)} bytes instead of {expected}")
-        return replace(block, codec=Codec.RAW, data=(memoryview(raw),))
+        return replace(block, codec=Codec.RAW, data=(memoryview(raw),), size=expected)

@@ -42,6 +42,9 @@ def block_edges(index: PageIndex, zero: npt.NDArray[np.bool_]) -> Iterator[tuple
     """
     if not len(index):
         return
+    if len(index) <= BLOCK_PAGES and int(index[0]) // BLOCK_SPAN == int(index[-1]) // BLOCK_SPAN:
+        yield 0, len(index)
+        return
     content = np.maximum(np.cumsum(~zero) - 1, 0) // BLOCK_PAGES
     span = index // BLOCK_SPAN
     edges = np.flatnonzero((np.diff(content) != 0) | (np.diff(span) != 0)) + 1

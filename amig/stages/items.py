@@ -79,17 +79,14 @@ class Block:
     codec: Codec
     data: tuple[memoryview, ...]
     """Content of the non-zero pages in ascending order, encoded; empty once it has landed in guest memory."""
+    size: int
+    """Bytes in ``data``."""
     buffer: Pages | None = None
     """The pool's buffer that ``data`` lies in, to be released when it has been used."""
     live: bool = False
     """``data`` is guest memory itself: it may still change, and who copies it out closes the window."""
     cleared_ns: int = 0
     """With ``live``, on the last block of a chunk: when its clear began."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of content as it travels."""
-        return sum([view.nbytes for view in self.data])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,10 @@ class Place:
     def _back(self, region: int, first: int, fresh: Words) -> None:
         """Have fresh memory backed run by run, where there are few."""
         at = slice(first // WORD_PAGES, first // WORD_PAGES + len(fresh))
-        untouched = runs(bitmap.to_pages(fresh & ~self._placed[region][at], first))
+        bits = fresh & ~self._placed[region][at]
+        if not bits.any():
+            return
+        untouched = runs(bitmap.to_pages(bits, first))
         if len(untouched) <= MAX_POPULATED:
             for start, end in untouched:
                 self._guest.populate(region, start, end - start)

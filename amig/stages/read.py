@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from amig import bitmap
 from amig.memory import PAGE_SIZE, GuestMemory, Words
 from amig.stages.gather import block_edges, runs, zero_pages
-from amig.stages.items import Block, Chunk, Codec, PageIndex
+from amig.stages.items import BLOCK_SPAN, Block, Chunk, Codec, PageIndex
 from amig.stats import MigrationStats
 
 MAX_RUNS = 512
@@ -35,8 +36,8 @@ class ChunkReader:
         zero = zero_pages(memory, index)
         stats.read_ns += time.monotonic_ns() - begin
         for start, stop in block_edges(index, zero):
-            pages, empty = index[start:stop], zero[start:stop]
-            block = self._block(chunk, pages, pages[~empty], last=stop == len(index))
+            whole = words if stop - start == len(index) and extent.count <= BLOCK_SPAN else None
+            block = self._block(chunk, index[start:stop], zero[start:stop], whole, last=stop == len(index))
             stats.blocks += 1
             stats.pages_sent += block.data_pages
             stats.pages_zero += block.zero_pages
@@ -50,25 +51,33 @@ class ChunkReader:
         # of what was a hole: looking for the end of data takes the kernel longer the more of it follows.
         extent = chunk.extent
         still = chunk.words & holes
+        if not still.any():
+            return chunk.words
         for first, count in zip(*bitmap.runs(still), strict=True):
             for filled, pages in self._memory.data_ranges(extent.region, extent.first + int(first), int(count)):
                 bitmap.clear_range(still, filled - extent.first, pages)
         self._stats.pages_holes += bitmap.count(still)
         return chunk.words & ~still
 
-    def _block(self, chunk: Chunk, index: PageIndex, content: PageIndex, *, last: bool) -> Block:
+    def _block(
+        self, chunk: Chunk, index: PageIndex, empty: npt.NDArray[np.bool_], whole: Words | None, *, last: bool
+    ) -> Block:
+        """Make the block of the pages in ``index``; ``whole`` are the bits of the extent when that is all of them."""
         region = chunk.extent.region
-        first = int(index[0]) & ~63
-        span = int(index[-1]) + 1 - first
-        pages = bitmap.from_pages(index - first, span)
-        zero = pages.copy()
-        if len(content) == len(index):
-            zero[:] = 0
-        elif len(content):
-            zero &= ~bitmap.from_pages(content - first, span)
+        if whole is not None:
+            first, span, pages = chunk.extent.first, chunk.extent.count, whole
+        else:
+            first = int(index[0]) & ~63
+            span = int(index[-1]) + 1 - first
+            pages = bitmap.from_pages(index - first, span)
+        if empty.any():
+            content, zero = index[~empty], bitmap.from_pages(index[empty] - first, span)
+        else:
+            content, zero = index, bitmap.zeros(span)
         flat = self._flat.get(region)
         if flat is None:
             flat = self._flat[region] = self._memory.pages(region).reshape(-1).data
+        data = tuple([flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in runs(content)])
         return Block(
             round=chunk.extent.round,
             region=region,
@@ -79,7 +88,8 @@ class ChunkReader:
             data_pages=len(content),
             zero_pages=len(index) - len(content),
             codec=Codec.RAW,
-            data=tuple([flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in runs(content)]),
+            data=data,
+            size=len(content) * PAGE_SIZE,
             live=True,
             cleared_ns=chunk.cleared_ns if last else 0,
         )
