@@ -108,7 +108,8 @@ async def arriving(listener: transport.Listener):  # type: ignore[no-untyped-def
 
 
 async def test_further_connections_need_the_certificate_of_the_first(
-    trust: Trust, monkeypatch: pytest.MonkeyPatch
+    trust: Trust,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Somebody else whose certificate is good, and who has even learned the token, does not get in."""
     listener = await transport.listen(HERE, trust.good)
