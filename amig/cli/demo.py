@@ -39,7 +39,7 @@ def demo(
     ] = "50ms",
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="TIME", help="When to move it with whatever downtime that takes.")
-    ] = "60s",
+    ] = "30s",
     streams: Annotated[int, typer.Option("--streams", help="Connections that carry memory.")] = 1,
     compression: Annotated[
         options.Compression, typer.Option("--compression", help="Of pages.")
