@@ -10,7 +10,6 @@ import typer
 from amig.cli import options, say
 from amig.cli.app import command
 from amig.errors import UsageError
-from amig.memory import PAGE_SIZE
 from amig.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ _COLORS = ("", "blue", "cyan", "yellow", "red")
 _STEPS = (0.0, 0.02, 0.2, 0.6)
 """A cell has the shade whose step its heat exceeds: hardly, some, much, nearly all of its pages each time."""
 _MAP_WIDTH, _MAP_ROWS = 64, 16
+_PAGE = 4096
 
 
 @command(
@@ -88,7 +88,7 @@ def _as_json(sample: Sample) -> dict[str, object]:
         "seconds": sample.seconds,
         "pages": sample.pages,
         "pages_per_s": sample.pages_per_s,
-        "bytes_per_s": sample.pages_per_s * PAGE_SIZE,
+        "bytes_per_s": sample.pages_per_s * _PAGE,
         "possible_pages": sample.possible,
     }
 
@@ -97,7 +97,7 @@ def _as_line(number: int, count: int, sample: Sample) -> str:
     possible = f", {sample.possible} more pages possibly" if sample.possible else ""
     return (
         f"{number:>{len(str(count))}}/{count}  {sample.pages_per_s:>10.0f} pages/s  "
-        f"{format_rate(sample.pages_per_s * PAGE_SIZE)}{possible}"
+        f"{format_rate(sample.pages_per_s * _PAGE)}{possible}"
     )
 
 
@@ -110,7 +110,7 @@ def summary(meter: DirtyMeter) -> dict[str, object]:
         "seconds": total,
         "memory_pages": meter.pages,
         "pages_per_s": pages / total,
-        "bytes_per_s": pages / total * PAGE_SIZE,
+        "bytes_per_s": pages / total * _PAGE,
         "possible_pages": sum(sample.possible for sample in meter.samples_taken),
         "working_set": [{"seconds": w.seconds, "pages": w.pages} for w in meter.working_set()],
         "heat": [round(float(h), 4) for h in meter.heat(_MAP_WIDTH * _MAP_ROWS)],
@@ -125,14 +125,14 @@ def _show(meter: DirtyMeter) -> None:
     total = sum(sample.seconds for sample in meter.samples_taken)
     mean = sum(sample.pages for sample in meter.samples_taken) / total
     extremes = f"{min(rates):.0f} to {max(rates):.0f} pages/s"
-    say.result(f"dirty rate   {mean:.0f} pages/s, {format_rate(mean * PAGE_SIZE)} ({extremes})")
+    say.result(f"dirty rate   {mean:.0f} pages/s, {format_rate(mean * _PAGE)} ({extremes})")
     for window in meter.working_set():
         share = window.pages / meter.pages
         say.result(
-            f"working set  {format_size(window.pages * PAGE_SIZE)} in {format_duration(window.seconds)} ({share:.1%})"
+            f"working set  {format_size(window.pages * _PAGE)} in {format_duration(window.seconds)} ({share:.1%})"
         )
     cells = meter.heat(_MAP_WIDTH * _MAP_ROWS)
-    cell = meter.pages * PAGE_SIZE / len(cells)
+    cell = meter.pages * _PAGE / len(cells)
     console = Console(file=sys.stdout, highlight=False)
     say.result(f"heat map     {format_size(cell)} a cell")
     for start in range(0, len(cells), _MAP_WIDTH):
