@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from amig.policy import Policy
     from amig.session.migration import Migration
     from amig.session.reception import Reception
+    from amig.transport.options import LinkOptions, TlsFiles
+    from amig.transport.pairing import PairingHost
 
 __version__ = RELEASE
 
@@ -44,9 +46,11 @@ __all__ = [
     "HostService",
     "How",
     "Incoming",
+    "LinkOptions",
     "Migration",
     "Notice",
     "PageCounts",
+    "PairingHost",
     "Policy",
     "Progress",
     "Reception",
@@ -55,6 +59,7 @@ __all__ = [
     "RunState",
     "State",
     "StateChanged",
+    "TlsFiles",
     "__version__",
 ]
 
@@ -67,9 +72,11 @@ _HOMES = {
     "HostService": "amig.host.service",
     "How": "amig.host.hosted",
     "Incoming": "amig.guest",
+    "LinkOptions": "amig.transport.options",
     "Migration": "amig.session.migration",
     "Notice": "amig.events",
     "PageCounts": "amig.events",
+    "PairingHost": "amig.transport.pairing",
     "Policy": "amig.policy",
     "Progress": "amig.events",
     "Reception": "amig.session.reception",
@@ -78,6 +85,7 @@ _HOMES = {
     "RunState": "amig.guest",
     "State": "amig.events",
     "StateChanged": "amig.events",
+    "TlsFiles": "amig.transport.options",
 }
 
 

@@ -41,7 +41,7 @@ class Reception:
 
     ::
 
-        async with amig.Reception("tcp://0.0.0.0:7000", name="web1") as reception:
+        async with amig.Reception("tls://0.0.0.0:7000", name="web1") as reception:
             print(reception.address)            # with the real port
             await reception.arrived()           # it runs here
             ended = await reception.ended()     # it was switched off, stopped, or moved on
