@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 MODEL = "This is the model of a page, searched; nothing here was measured, and no KVM was asked."
 
-NOTES = """needless: sent again, although nothing wrote it since the clear before its last read. Counted apart are copies
-for marks of another source that came late (late), and pages that a user other than the migration is told of although
+NOTES = """\
+needless: sent again, although nothing wrote it since the clear before its last read. Counted apart are copies for
+marks of another source that came late (late), and pages that a user other than the migration is told of although
 nothing wrote them (maybe). In every design a page written between its clear and its read goes once more: that window
 is from {windows}.
 """
