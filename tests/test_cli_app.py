@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import shlex
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def test_exit_codes_are_told_and_documented() -> None:
     known = {0, 1, 2, 130} | {cls.exit_code for cls in classes}
     told = {int(line.split("|")[1]) for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()}
     assert known <= told
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_readme_has_the_two_commands_and_no_others_than_there_are() -> None:
+    for line in (
+        "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/amig demo",
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest",
+    ):
+        assert line in README
+    assert set(re.findall(r"(?:`|\$ )amig ([a-z-]+)", README)) <= COMMANDS
+    for link in re.findall(r"\]\(([^):]+)\)", README):
+        assert (Path(__file__).parent.parent / link).exists(), link
 
 
 # --- the package ---------------------------------------------------------------------------------------------------
