@@ -181,6 +181,23 @@ def test_after_a_cancelled_send_nothing_can_be_sent_but_what_came_can_be_read(ru
     run(main())
 
 
+def test_a_send_cancelled_in_its_first_piece_leaves_no_hole_in_the_stream(run, trust):  # noqa: F811
+    async def main():
+        async with pair(trust.good, trust.good) as (near, far):
+            for end in (near, far):
+                end._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                end._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sending = asyncio.create_task(near.send(bytes(PIECE)))
+            await stuck(sending)
+            assert near.bytes_sent == 0, "a part of the piece is out, but not all"
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            with pytest.raises(LinkLost, match="a message to it was cut off"):
+                await near.send(b"x")
+
+    run(main())
+
+
 def test_a_receive_cancelled_before_its_first_byte_does_no_harm(run, trust):  # noqa: F811
     async def main():
         async with pair(trust.good, trust.good) as (near, far):
