@@ -1,0 +1,42 @@
+"""Reading chunks into blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from amig import bitmap
+from amig.memory import MemoryMap, Region, Slot
+from amig.stages.items import Chunk, Extent
+from amig.stages.read import ChunkReader
+from amig.stats import MigrationStats
+
+PAGES = 256
+
+
+class Memory:
+    """A region of pages that are not zero."""
+
+    def __init__(self) -> None:
+        size = PAGES * 4096
+        self.map = MemoryMap(
+            generation=1,
+            regions=(Region(id=0, size=size),),
+            slots=(Slot(index=0, guest_phys=0, size=size, region=0, offset=0),),
+        )
+        self._pages = np.full((PAGES, 4096), 7, np.uint8)
+
+    def pages(self, region: int) -> np.ndarray:
+        return self._pages
+
+    def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:
+        return [(first, count)]
+
+
+def test_a_block_keeps_its_bits_when_the_host_takes_the_same_range_again() -> None:
+    """The words of a take lie in memory that the host writes at the next one; a block may still wait for its link."""
+    words = bitmap.ones(PAGES)
+    chunk = Chunk(extent=Extent(round=0, region=0, first=0, count=PAGES, dirty=PAGES), words=words, cleared_ns=1)
+    [block] = ChunkReader(Memory(), MigrationStats(pages_total=PAGES)).blocks(chunk)
+    assert block.data_pages == bitmap.count(block.pages) == PAGES
+    words[:] = 1
+    assert bitmap.count(block.pages) == PAGES
