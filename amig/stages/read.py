@@ -36,8 +36,8 @@ class ChunkReader:
         zero = zero_pages(memory, index)
         stats.read_ns += time.monotonic_ns() - begin
         for start, stop in block_edges(index, zero):
-            # A copy: the chunk's words lie in memory that the host shares, and the next take of this range changes them,
-            # which may be before this block is on its way.
+            # A copy: the chunk's words lie in memory that the host shares, and the next take of this range changes
+            # them, which may be before this block is on its way.
             whole = words.copy() if stop - start == len(index) and extent.count <= BLOCK_SPAN else None
             block = self._block(chunk, index[start:stop], zero[start:stop], whole, last=stop == len(index))
             stats.blocks += 1
