@@ -45,24 +45,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-_MODULES = ("demo", "run", "receive", "migrate", "status", "console", "operate", "dirty_rate", "prove", "resolve")
+_MODULES = (
+    "demo",
+    "run",
+    "receive",
+    "migrate",
+    "status",
+    "console",
+    "operate",
+    "dirty_rate",
+    "prove",
+    "bench",
+    "resolve",
+)
 
 EXAMPLES: dict[str, tuple[str, ...]] = {}
 """What the help of each command shows; comments apart, they are command lines that parse."""
 
 
-def command(*examples: str, name: str | None = None) -> Callable[[F], F]:
-    """Make a function a command; its docstring, and the examples, are its help."""
+GROUP_EXAMPLES: dict[str, tuple[str, ...]] = {}
+"""The same of commands within a group."""
+
+
+def command(*examples: str, name: str | None = None, group: typer.Typer | None = None) -> Callable[[F], F]:
+    """Make a function a command, of ``group`` or at the top; its docstring, and the examples, are its help."""
 
     def register(function: F) -> F:
         called = name or function.__name__
-        EXAMPLES[called] = examples
+        (EXAMPLES if group is None else GROUP_EXAMPLES)[called] = examples
         title = "Example" if len(examples) == 1 else "Examples"
         # Paragraphs in one line each, so that they wrap where the reader's terminal ends.
         paragraphs = (" ".join(part.split()) for part in (inspect.getdoc(function) or "").split("\n\n"))
         shown = "\n".join(f"  {example}" for example in examples)
         text = "\n\n".join(paragraphs) + f"\n\n[bold]{title}[/bold]\n\n\b\n{shown}"
-        return app.command(name=called, help=text)(function)
+        return (group or app).command(name=called, help=text)(function)
 
     return register
 
