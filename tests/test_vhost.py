@@ -6,8 +6,8 @@ import asyncio
 import json
 import mmap
 import os
+import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,35 +94,68 @@ def test_a_harvest_takes_the_bits_and_leaves_none(log) -> None:
     assert log.harvest() is None
 
 
-def test_a_bit_set_during_the_harvest_is_found_sooner_or_later() -> None:
-    """Another thread sets bits atomically as fast as it can, while ours takes them: none gets lost or comes twice."""
-    import ctypes
+WAYS = ["library", "kernel"]
 
-    words, out = np.zeros(64, np.uint64), np.zeros(64, np.uint64)
-    fetch_or = ctypes.CDLL("libatomic.so.1").__atomic_fetch_or_8
-    fetch_or.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
-    total = np.zeros(64, np.int64)
-    done = threading.Event()
 
-    def write() -> None:
-        base = words.ctypes.data
-        for number in range(64 * 64):
-            fetch_or(base + number % 64 * 8, 1 << number // 64, 4)
-        done.set()
+def go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use one of the ways to take bits atomically, or skip where there is none."""
+    try:
+        harvest = atomic._by_library() if way == "library" else atomic._by_kernel()
+    except OSError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(atomic, "_harvest", lambda: harvest)
 
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    last = False
-    while not last:
-        last = done.is_set()
-        if atomic.take(words, out):
-            total += np.bitwise_count(out) if hasattr(np, "bitwise_count") else [bin(w).count("1") for w in out]
-    thread.join()
-    sys.setswitchinterval(switching)
-    assert (total == 64).all()
+SETTER = """
+import ctypes, mmap, sys, time
+shared = mmap.mmap(int(sys.argv[1]), 4096)
+base = ctypes.addressof(ctypes.c_char.from_buffer(shared))
+syscall = ctypes.CDLL(None).syscall
+syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long] + [ctypes.c_void_p] * 2
+for number in range(64 * 64):
+    at = number % 64 * 64 + number // 64
+    if not number % 64:
+        time.sleep(0.001)  # the taker shall come between
+    assert syscall(202, base + at // 32 * 4, 133, 0, 0, base + at // 32 * 4, 10 << 28 | at % 32 << 12) == 0
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bit_set_during_the_harvest_is_found_sooner_or_later(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process sets each bit once, as fast as it can, while we take them: none gets lost or comes twice."""
+    go(way, monkeypatch)
+    fd = os.memfd_create("words")
+    os.ftruncate(fd, 4096)
+    shared = mmap.mmap(fd, 4096)
+    words, out = np.frombuffer(shared, np.uint64, 64), np.zeros(64, np.uint64)
+    total = np.zeros(64 * 64, np.int64)
+    harvests = 0
+    with subprocess.Popen([sys.executable, "-c", SETTER, str(fd)], pass_fds=(fd,)) as setter:
+        last = False
+        while not last:
+            last = setter.poll() is not None
+            if atomic.take(words, out):
+                harvests += 1
+                total += np.unpackbits(out.view(np.uint8), bitorder="little")
+    assert setter.returncode == 0
+    assert harvests > 1
+    assert (total == 1).all()
+    del words
+    shared.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_bit_of_a_word_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        before = rng.integers(0, 2**64, 70, np.uint64)
+        before[[3, 5, 7, 9]] = [0, 2**64 - 1, 0xFFFF_FFFF, 0xFFFF_FFFF << 32]
+        words, out = before.copy(), rng.integers(0, 2**64, 70, np.uint64)
+        assert atomic.take(words, out)
+        assert (out == before).all()
+        assert not words.any()
 
 
 def test_the_hub_hands_what_others_logged_to_every_user_in_its_regions_own_pages(log) -> None:
@@ -164,14 +197,19 @@ def test_a_mark_outlives_a_failed_sync(log, strategy: str, monkeypatch: pytest.M
     assert pages_of(user.sync()[7]) == [9]
 
 
-def test_without_libatomic_a_shared_log_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_way_to_take_bits_a_shared_log_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(atomic, "_LIBRARY", "libatomic-there-is-none.so")
-    atomic._exchange.cache_clear()
+    atomic._harvest.cache_clear()
     try:
+        VhostLog(two_slots()).close()  # the kernel's way
+        monkeypatch.setattr(atomic, "_SYS_FUTEX", 100_000)
+        atomic._harvest.cache_clear()
         with pytest.raises(HostError, match="apt install libatomic1"):
             VhostLog(two_slots())
     finally:
-        atomic._exchange.cache_clear()
+        atomic._harvest.cache_clear()
 
 
 # --- backends, in processes of their own ----------------------------------------------------------------------------
