@@ -21,7 +21,9 @@ import pytest
 
 from amig.cli.app import main
 
-SIMULATED = ("--engine", "simulator", "--workload", "check", "--memory", "64MiB", "--working-set", "16MiB")
+SIMULATED = (
+    "--engine", "simulator", "--workload", "check", "--memory", "64MiB", "--working-set", "16MiB", "--rate", "20MB/s",
+)  # fmt: skip
 TIMEOUT = 60.0
 
 
@@ -74,6 +76,11 @@ def ok(*words: object) -> Said:
     said = amig(*words)
     assert said.code == 0, said
     return said
+
+
+def move(source: object, destination: object, *more: object) -> Said:
+    """Migrate, with a downtime that such a guest always fits, on however busy a machine."""
+    return ok("migrate", source, destination, "--downtime", "5s", *more)
 
 
 class Process:

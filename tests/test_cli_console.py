@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.commands import SIMULATED, homes, ok, process, receiving, running
+from tests.commands import SIMULATED, homes, move, ok, process, receiving, running
 
 __all__ = ["homes"]
 
@@ -93,7 +93,7 @@ def test_keys_reach_the_guest_and_its_output_the_terminal() -> None:
 def test_it_says_where_the_guest_went() -> None:
     with running("a"), receiving("b") as (_, address), terminal("console", "a") as screen:
         screen.until(b"connected")
-        ok("migrate", "a", address)
+        move("a", address)
         screen.until(f"a: moved to {address}".encode())
         assert screen.end() == 0
         assert screen.cooked

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amig import errors
-from tests.commands import SIMULATED, amig, homes, ok, process, receiving, running, wait
+from tests.commands import SIMULATED, amig, homes, move, ok, process, receiving, running, wait
 
 __all__ = ["homes"]
 
@@ -31,7 +31,7 @@ def test_a_guest_moves_from_shell_to_shell(tmp_path: Path) -> None:
     log = tmp_path / "serial"
     with running("a", *BUSY, "--serial", f"file:{log}") as source, receiving("b") as (destination, address):
         assert destination.said == [{"listening": address}]
-        said = ok("migrate", "a", address, "--json", "--streams", "2", "--chunk", "512KiB", "--log", tmp_path / "log")
+        said = move("a", address, "--json", "--streams", "2", "--chunk", "512KiB", "--log", tmp_path / "log")
         *events, result = said.lines
         assert {event["event"] for event in events} <= {"state", "round", "progress", "notice"}
         assert [event["state"] for event in events if event["event"] == "state"][-1] == "completed"
@@ -71,7 +71,7 @@ def test_people_are_told_in_words() -> None:
         assert "a runs on the simulator: 64 MiB, 1 vCPU" in source.until("amig status a")
         words = destination.until("on the other side").split()
         address = next(word for word in words if word.startswith("tcp://"))
-        said = ok("migrate", "a", address)
+        said = move("a", address)
         for part in ("downtime", "rounds", "sent more than once", "on the wire", "clear to read", "simulated"):
             assert part in said.out
         for part in ("connecting", "sending memory", "round 0", "paused", "done"):
@@ -120,13 +120,22 @@ def test_a_host_to_which_nobody_listens_any_more_goes_on() -> None:
         for stream in (host.popen.stdout, waiting.popen.stdout):
             assert stream is not None
             stream.close()
-        ok("migrate", "a", address)
+        move("a", address)
         assert host.popen.wait(60) == 0
         assert ok("verify", "b").code == 0
         ok("stop", "b")
         assert waiting.popen.wait(60) == 0
         for closed in (host, waiting):
             closed.popen.stdout = None
+
+
+def test_a_waiting_host_can_be_stopped() -> None:
+    with receiving("b") as (host, _):
+        assert ok("status", "b", "--json").lines[0]["state"] == "incoming"
+        ok("stop", "b")
+        ended = host.end()
+        assert ended.code == 0
+        assert ended.lines[-1]["how"] == "stopped"
 
 
 def test_a_waiting_host_ends_by_a_signal_too() -> None:
@@ -145,7 +154,7 @@ def test_a_host_on_a_lifeline_ends_with_it() -> None:
 
 
 def test_detached_returns_when_the_guest_runs() -> None:
-    line = ok("run", "a", *SIMULATED, "--detach", "--json").lines[0]
+    line = ok("run", "a", *SIMULATED, *BUSY, "--detach", "--json").lines[0]
     try:
         assert line["event"] == "running"
         assert ok("status", "a", "--json").lines[0]["pid"] == line["pid"]
@@ -154,7 +163,7 @@ def test_detached_returns_when_the_guest_runs() -> None:
         assert "a host of a guest named a is alive" in again.err
         waiting = ok("receive", "tcp://127.0.0.1:0", "--name", "b", "--detach", "--json").lines[0]
         try:
-            ok("migrate", "a", waiting["listening"])
+            move("a", waiting["listening"])
             assert ok("verify", "b").code == 0
         finally:
             ok("stop", "b")
@@ -178,7 +187,7 @@ def test_once_ends_with_the_attempt_and_without_it_the_next_is_awaited() -> None
             with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
                 stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
             patient.until('"failed"')
-            ok("migrate", "a", address)
+            move("a", address)
             assert ok("verify", "c").code == 0
 
 
@@ -233,16 +242,16 @@ def test_nobody_there() -> None:
 def test_a_snapshot_is_taken_live_run_and_sent_on(tmp_path: Path) -> None:
     first, second = f"file:{tmp_path}/first", f"file:{tmp_path}/second"
     with running("a", *BUSY) as host:
-        ok("migrate", "a", first)
+        move("a", first)
         assert ok("status", "a", "--json").lines[0]["state"] == "running", "a snapshot leaves the guest running"
         with process("run", "b", "--restore", first, "--json") as restored:
             restored.until('"running"')
             assert "a snapshot is a clone" in restored.errors.decode()
             assert ok("verify", "b").code == 0
-        ok("migrate", "a", second, "--stop")
+        move("a", second, "--stop")
         assert host.end().lines[-1]["how"] == "moved"
     with receiving("c") as (_, address):
-        ok("migrate", second, address)
+        move(second, address)
         assert ok("verify", "c").code == 0
     (tmp_path / "third").write_bytes(b"not a snapshot")
     assert amig("run", "d", "--restore", f"file:{tmp_path}/third").code == errors.SnapshotError.exit_code
@@ -292,7 +301,7 @@ def test_the_terminal_is_the_serial_port_with_stdio() -> None:
 
 def test_a_log_that_breaks_does_not_stop_the_migration(tmp_path: Path) -> None:
     with running("a", *BUSY), receiving("b") as (_, address):
-        said = ok("migrate", "a", address, "--log", "/dev/full", "--json")
+        said = move("a", address, "--log", "/dev/full", "--json")
         assert said.err.count("--log /dev/full: ") >= 1
         assert said.lines[-1]["status"] == "completed"
 
@@ -305,7 +314,7 @@ def test_on_kvm_there_and_back(tmp_path: Path) -> None:
         for name, other in (("b", "a"), ("a", "b")):
             with process("receive", f"unix:{tmp_path}/{name}.sock", "--name", name, "--detach") as detached:
                 assert detached.end().code == 0
-            result = ok("migrate", other, f"unix:{tmp_path}/{name}.sock", "--json").lines[-1]
+            result = move(other, f"unix:{tmp_path}/{name}.sock", "--json").lines[-1]
             assert result["engine"] == "kvm"
             assert ok("verify", name).code == 0
             if name == "b":

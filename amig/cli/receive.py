@@ -10,7 +10,7 @@ import typer
 
 from amig.cli import options, say
 from amig.cli.app import command
-from amig.errors import UsageError
+from amig.errors import HostError, UsageError
 from amig.units import format_duration
 
 if TYPE_CHECKING:
@@ -184,7 +184,12 @@ async def _receive(host: Host, request: Request) -> int:
         async with reception, host.keys(reception.service):
             if request.address is not None:
                 _announce(host, reception, request)
-            await reception.arrived()
+            try:
+                await reception.arrived()
+            except HostError:
+                if not reception.service.hosted.ended.done():
+                    raise
+                return host.last_word(await reception.service.ended())  # an operator has stopped it
             host.is_up()
             machine = reception.service.hosted.machine
             value = {"event": "running", "name": host.name, "engine": machine.engine}

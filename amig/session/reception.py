@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 
-from amig.errors import AmigError, PeerError, UsageError
+from amig.errors import AmigError, HostError, PeerError, UsageError
 from amig.host.hosted import Ended, How
 from amig.host.kvm_machine import KvmMachine
 from amig.host.local import Builder
@@ -134,14 +134,29 @@ class Reception:
         return await self._pairing.listen(where)
 
     async def arrived(self) -> None:
-        """Wait until a guest runs here. Raises the attempt's error with ``once``, else waits for the next attempt."""
+        """Wait until a guest runs here. Raises the attempt's error with ``once``, else waits for the next attempt.
+
+        Raises `HostError` when an operator stops the host before.
+        """
+        if not await self._arrived():
+            raise HostError(f"the host of {self._name} was stopped before a guest arrived")
+
+    async def _arrived(self) -> bool:
+        """Return whether a guest arrived; False when the host was stopped before."""
         assert self._serving is not None  # noqa: S101 - entered
-        await asyncio.wait([self._serving])
+        ended = asyncio.ensure_future(self.service.ended())
+        try:
+            await asyncio.wait([self._serving, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if not self._serving.done():
+            return False
         self._serving.result()
+        return True
 
     async def ended(self) -> Ended:
-        """Wait until the guest that arrived has ended. A guest that FAILED raises its error."""
-        await self.arrived()
+        """Wait until the guest that arrived has ended, or its host before. A guest that FAILED raises its error."""
+        await self._arrived()
         ended = await self.service.ended()
         if ended.how is How.FAILED and ended.error is not None:
             raise ended.error
