@@ -7,14 +7,14 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from amig import errors
-from amig.cli import demo_run
+from amig.cli import demo_run, demo_watch
 from amig.cli.demo_watch import Heartbeats, watch
 from amig.host import guest_abi as abi
 from amig.kvm.system import Kvm
@@ -181,32 +181,47 @@ class Beating:
         self.view = Heartbeats(self.memory, 2)
 
 
-def test_pages_that_arrive_are_not_a_guest_that_runs() -> None:
+class Clock:
+    """Time that passes only between two looks, 100 us each; ``script`` is called with the number of the look."""
+
+    def __init__(self, script: Callable[[int], None]) -> None:
+        self._script = script
+        self._looks = 0
+
+    def monotonic_ns(self) -> int:
+        return self._looks * 100_000
+
+    def sleep(self, _: float) -> None:
+        self._looks += 1
+        self._script(self._looks)
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, script: Callable[[int, Beating, Beating, threading.Event], None]):  # type: ignore[no-untyped-def]
     source, there, stop = Beating(), Beating(), threading.Event()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(watch(source.view, there.view, stop)))
-    thread.start()
-    for beat in range(1, 200):
-        source.beats[:] = beat
+    monkeypatch.setattr(demo_watch, "time", Clock(lambda look: script(look, source, there, stop)))
+    return watch(source.view, there.view, stop)
+
+
+def test_pages_that_arrive_are_not_a_guest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(look: int, source: Beating, there: Beating, stop: threading.Event) -> None:
         there.beats[:] = source.beats  # as a round brings it
-    stop.set()
-    thread.join()
-    assert found[0].downtime_ms is None
+        source.beats += 1
+        if look == 50:
+            stop.set()
+
+    assert observed(monkeypatch, script).downtime_ms is None
 
 
-def test_downtime_is_the_longest_wait_of_any_vcpu() -> None:
-    source, there, stop = Beating(), Beating(), threading.Event()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(watch(source.view, there.view, stop)))
-    thread.start()
-    for beat in range(1, 100):
-        source.beats[:] = beat
-    stopped = threading.Event()
-    stopped.wait(0.05)
-    there.beats[0] = 100
-    stopped.wait(0.15)
-    assert not found, "one vCPU still waits"
-    there.beats[1] = 100
-    thread.join(60)
-    assert found[0].downtime_ms >= 200
-    assert found[0].sample_us > 0
+def test_downtime_is_the_longest_wait_of_any_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(look: int, source: Beating, there: Beating, stop: threading.Event) -> None:
+        if look <= 100:  # the last beats here, with a pause of three looks before
+            source.beats += look not in (60, 61, 62)
+        there.beats[0] += look >= 150 and 100 + look
+        there.beats[1] += look >= 300 and 100 + look
+        assert look <= 300, "both run: there is nothing more to see"
+
+    seen = observed(monkeypatch, script)
+    assert seen.downtime_ms == pytest.approx(20.0)
+    assert seen.uncertain_ms == pytest.approx(0.2)
+    assert seen.sample_us == pytest.approx(100)
+    assert seen.before_ms == pytest.approx(0.4)
