@@ -32,11 +32,12 @@ from tests.moving import (
 
 pytestmark = pytest.mark.usefixtures("homes")
 ENGINES = [pytest.param("kvm", marks=pytest.mark.kvm), "simulator"]
+STANDARD = pytest.mark.standard
 BUSY = amig.Policy(downtime=0.05, timeout=30, on_timeout="switch")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=STANDARD), pytest.param(2, marks=STANDARD), 4])
 async def test_a_checking_guest_moves_intact(engine: str, vcpus: int) -> None:
     async with hosting(engine=engine, vcpus=vcpus) as source, receiving() as target:
         result = await move(source, target.address, BUSY)
@@ -58,6 +59,7 @@ async def test_back_and_forth(engine: str) -> None:
         assert await verdict(machine_of(third.service)) == 0
 
 
+@STANDARD
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_four_streams_and_compression(engine: str) -> None:
     policy = amig.Policy(streams=4, compression="zstd", workers=2, downtime=0.1, timeout=30, on_timeout="switch")
