@@ -31,7 +31,8 @@ OWN_FIRST, OWN_PAGES = 48 * MIB // PAGE_SIZE, 512
 SHOWN_PAGES = 1024
 """Pages of the working set that the display looks at."""
 WORDS = f"workload=check ws={WORKING_SET} rate=150MB/s report=0"
-POLICY = {"bandwidth": 300e6, "downtime": 0.03, "chunk": 256 << 10, "timeout": 20.0, "on_timeout": "switch"}
+POLICY = {"bandwidth": 300e6, "downtime": 0.03, "chunk": 256 << 10, "timeout": 1.5, "on_timeout": "switch"}
+"""Several rounds of small chunks; on a busy machine it moves when it has had many of them."""
 _VERDICT_TIMEOUT = 30.0
 _ACK_TIMEOUT = 5.0
 

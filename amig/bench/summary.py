@@ -66,6 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     scale: float
     asked: dict[str, float]
     used: dict[str, float]
+    """The scenario, with the rates that this machine holds."""
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
@@ -122,7 +123,7 @@ def _shown(scenario: Scenario) -> dict[str, float]:
         "rate_bytes_per_s": scenario.rate,
         "link_bytes_per_s": scenario.link,
         "downtime_s": scenario.downtime,
-        "fill_rest": scenario.fill_rest,
+        "fill_rest": float(scenario.fill_rest),
     }
 
 

@@ -115,16 +115,13 @@ def show(value: Spread | None, places: int = 0, *, brief: bool = False) -> str:
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """Return a Markdown table, its first column to the left and the others to the right."""
-    rows = [head, *body]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(head))]
-    lines = [
-        _line(head, widths),
-        "|" + "|".join("-" * (w + 2) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|",
-    ]
-    return lines + [_line(row, widths) for row in body]
+    rule = ["-" * (width + 1) + (":" if at else "-") for at, width in enumerate(widths)]
+    lines = [_line(row, widths) for row in rows]
+    return [lines[0], "|" + "|".join(rule) + "|", *lines[1:]]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.replace("|", "\\|").ljust(w) if not i else cell.replace("|", "\\|").rjust(w)
-              for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
+    padded = [c.rjust(width) if at else c.ljust(width) for at, (c, width) in enumerate(zip(cells, widths, strict=True))]
     return "| " + " | ".join(padded) + " |"

@@ -45,6 +45,9 @@ def dirty_log(
     ] = False,
     rate: Annotated[str, typer.Option("--rate", metavar="RATE", help="What the guest writes.")] = "900MB/s",
     bandwidth: Annotated[str, typer.Option("--bandwidth", metavar="RATE", help="The link's cap.")] = "1250MB/s",
+    downtime: Annotated[
+        str | None, typer.Option("--downtime", metavar="TIME", help="The limit; else 100 ms times the scale.")
+    ] = None,
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="TIME", help="When a run counts as one that does not converge.")
     ] = "30s",
@@ -72,6 +75,8 @@ def dirty_log(
         rate=options.rate("--rate", rate) or 0,
         link=options.rate("--bandwidth", bandwidth) or 0,
     )
+    if downtime is not None:
+        scenario = replace(scenario, downtime=options.seconds("--downtime", downtime))
     if not scenario.rate or not scenario.link:
         raise UsageError("--rate and --bandwidth have to be limited: the fluid limit is of two rates")
     request = Request(
