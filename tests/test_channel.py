@@ -60,6 +60,21 @@ async def test_empty_waits_until_the_receiver_has_taken_all() -> None:
     await task
 
 
+async def test_wanted_waits_until_the_receiver_waits() -> None:
+    send, receive = channel(100)
+    task = asyncio.create_task(send.wanted())
+    assert await blocked(task)
+    taker = asyncio.create_task(anext(receive))  # type: ignore[arg-type]
+    await asyncio.wait_for(task, 1)
+    await send.send("a", 1)
+    assert await taker == "a"
+    task = asyncio.create_task(send.wanted())
+    assert await blocked(task)
+    receive.close()
+    with pytest.raises(BrokenChannel):
+        await task
+
+
 async def test_closing_the_sending_end_lets_the_receiver_drain_and_end() -> None:
     send, receive = channel(100)
     await send.send("a", 1)

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "amig"
 
 CORE = {"bitmap", "errors", "events", "guest", "memory", "policy", "stats", "units", "plan", "fluid", "aio"}
-"""Pure modules at the top: no I/O, time passed in as a number; they import each other, numpy and msgspec only."""
+"""Modules at the top: no I/O, time passed in as a number (``aio`` waits, and does nothing else); of others' they import
+numpy and msgspec only."""
 
 ALLOWED: dict[str, set[str]] = {
     "kvm": {"errors"},

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 
+from amig.aio import finish
 from amig.control import messages as m
 from amig.control import replies as rp
 from amig.control import requests as rq
@@ -15,7 +16,6 @@ from amig.control.bitmaps import BitmapReader
 from amig.control.fdpass import close_all
 from amig.control.link import DEFAULT_TIMEOUT, Link
 from amig.control.take import TakeClient, check_range
-from amig.control.waiting import finish
 from amig.errors import AmigError, ControlError
 from amig.guest import GuestInfo, Handover, LogStarted, Outcome
 from amig.memory import WORD_PAGES, GuestMemory, MemoryMap, Words

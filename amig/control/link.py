@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import msgspec
 
+from amig.aio import finish
 from amig.control import messages as m
 from amig.control import replies as rp
 from amig.control import requests as rq
 from amig.control import types
 from amig.control.fdpass import Closed, FrameReader, FrameWriter, close_all
-from amig.control.waiting import finish
 from amig.errors import ControlError, NoSuchGuest, UsageError
 
 R = TypeVar("R", bound=types.Reply)

@@ -19,9 +19,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from amig.aio import settle
 from amig.bitmap import count as count_bits
 from amig.control.bitmaps import BitmapReader, SharedBitmaps
-from amig.control.waiting import settle
 from amig.errors import AmigError, ControlError
 from amig.memory import WORD_PAGES, MemoryMap, Words
 

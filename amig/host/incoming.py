@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from amig.control.waiting import settle
+from amig.aio import settle
 from amig.errors import AmigError, ControlError, Refused, UsageError, VerifyFailed
 from amig.guest import RunState
 from amig.host.handover import ArrivalRecord

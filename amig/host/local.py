@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
+from amig.aio import finish, settle
 from amig.bitmap import count as count_bits
 from amig.control.take import check_range
 from amig.control.types import Progress
-from amig.control.waiting import finish, settle
 from amig.dirty.hub import HubUser
 from amig.errors import AmigError, ControlError, GuestError, KvmError, UsageError
 from amig.guest import GuestInfo, Handover, LogStarted, Outcome, RunState

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+from amig.aio import settle
 from amig.control.server import ControlServer, Outbox
-from amig.control.waiting import settle
 from amig.errors import AmigError, HostError
 from amig.host.handover import Records
 from amig.host.hosted import HostedGuest

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from amig.aio import finish
 from amig.control import messages as m
 from amig.control import replies as rp
 from amig.control import requests as rq
@@ -18,7 +19,6 @@ from amig.control.bitmaps import SharedBitmaps, reopen_read_only
 from amig.control.fdpass import close_all
 from amig.control.server import Answer, Outbox
 from amig.control.take import TakeServer
-from amig.control.waiting import finish
 from amig.errors import ControlError, HostError
 from amig.guest import RunState
 from amig.host.backends import Backend, Backends

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from amig.control.waiting import finish
+from amig.aio import finish
 from amig.errors import HostError
 
 P = ParamSpec("P")

@@ -15,10 +15,11 @@ import secrets
 import time
 from collections.abc import Callable
 
+from amig.aio import to_its_end
 from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused
 from amig.guest import Incoming
 from amig.session.filling import Filling
-from amig.session.tasks import one_error, to_its_end
+from amig.session.tasks import one_error
 from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import time
 
+from amig.aio import to_its_end
 from amig.errors import AmigError, ControlError, InDoubt
 from amig.events import Notice, State, StateChanged
 from amig.guest import Guest, Handover, LogStarted, Outcome
@@ -23,7 +24,7 @@ from amig.memory import WORD_PAGES
 from amig.policy import Convergence, Limits, Policy
 from amig.session.destination import Destination
 from amig.session.progress import ProgressMeter, Tell
-from amig.session.tasks import one_error, to_its_end
+from amig.session.tasks import one_error
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import SourcePipeline
 from amig.stages.send import Throttle

@@ -1,16 +1,13 @@
-"""Task-group manners: one error instead of a group, and work that must not be cancelled half-way."""
+"""Task-group manners: one error instead of a group."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from amig.errors import AmigError, LinkLost
 from amig.stages.channel import BrokenChannel
-
-T = TypeVar("T")
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -45,21 +42,3 @@ def one_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise telling(group) from group
-
-
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work`` to its end even when cancelled meanwhile; then raise its error, or else the cancellation.
-
-    For steps that leave a promise on disk, or a thread on memory that is about to go.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    result = task.result()
-    if cancelled is not None:
-        raise cancelled
-    return result

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiofiles
 
+from amig.aio import settled
 from amig.errors import SnapshotError
 from amig.transport.partial import PARTIAL, failed, names, open_partial
-from amig.transport.settle import settled
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
