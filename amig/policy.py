@@ -30,7 +30,7 @@ class Policy:
     """Most bytes a second over all connections; None: as fast as the link."""
     downtime: float = 0.1
     """Seconds the guest may stand still."""
-    max_rounds: int = 100
+    max_rounds: int = 1000
     """Rounds before ``on_timeout`` applies."""
     timeout: float | None = None
     """Seconds from the start after which ``on_timeout`` applies; None: no limit."""
@@ -120,8 +120,11 @@ class Convergence:
     """Remaining bytes seen after each round, the last 16."""
 
     def measured(self, *, round_trip: float, record: float) -> None:
-        """Take in the seconds of one round trip to the destination, and of writing a durable record here."""
-        self.fixed = FIXED + 2 * round_trip + 2 * record
+        """Take in the seconds of one round trip to the destination, and of making the durable record here.
+
+        A disk that was slow once must not make the limit unreachable: at most half of it is set aside.
+        """
+        self.fixed = max(FIXED, min(FIXED + 2 * round_trip + record, self.limits.downtime / 2))
 
     def round_took(self, size: int, seconds: float) -> None:
         """Take in how long a round of ``size`` bytes took; small ones say more about overhead than about pace."""

@@ -11,7 +11,7 @@ import pytest
 
 from amig.bench import figure
 from amig.bench.counting import READ_AFTER, Classes, Copies, Look
-from amig.bench.files import write
+from amig.bench.files import insert, write
 from amig.bench.hosts import Serial
 from amig.bench.losses import COMPANIES, DESIGNS, Cell, Losses, may_lose, plan
 from amig.bench.losses_table import markdown as losses_markdown
@@ -114,6 +114,8 @@ def test_the_limit_goes_by_the_rates_that_were_achieved() -> None:
     full = moved(rate=0.9e9 / 4096, rounds=((1, 0, 1.0, 1.25e9),))
     # 340787 pages less 78000 that are zero: a little more than the working set.
     assert limit_of(full, SCENARIO) == pytest.approx(1.5, abs=0.05)
+    bursts = moved(rate=0.9e9 / 4096, rounds=((1, 0, 1.0, 2e9),))
+    assert limit_of(bursts, SCENARIO) == limit_of(full, SCENARIO), "the cap holds"
     slow = moved(rate=0.9e9 / 4096, rounds=((1, 0, 1.0, 0.95 * 1.25e9),))
     assert limit_of(slow, SCENARIO) > 1.1 * limit_of(full, SCENARIO)
     assert limit_of(moved(rate=1e6), SCENARIO) == math.inf
@@ -174,6 +176,23 @@ def test_reports_survive_their_files(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "dirty-log.md").read_text() == "page\n"
     assert msgspec.json.decode((tmp_path / "new" / "dirty-log.json").read_bytes(), type=Report) == found
     assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- measured: losses -->\nold\n<!-- measured: end -->\nb\n<!-- measured: end -->\n")
+    insert(page, "losses", "| new |\n")
+    wanted = "a\n<!-- measured: losses -->\n| new |\n<!-- measured: end -->\nb\n<!-- measured: end -->\n"
+    assert page.read_text() == wanted
+    with pytest.raises(UsageError, match="no place"):
+        insert(page, "dirty-log", "x")
+    assert page.read_text() == wanted
+
+
+def test_the_documentation_has_both_places() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "dirty-log.md").read_text()
+    for name in ("dirty-log", "losses"):
+        assert f"<!-- measured: {name} -->\n" in text
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -22,6 +22,16 @@ app.add_typer(group, name="bench")
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Write the report there too: Markdown, JSON and a plot.")
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--page",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Put the tables into this Markdown page, between its marks.",
+    ),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="NAME", help="Only this one, or those that begin so; may be given again."),
@@ -31,7 +41,7 @@ Only = Annotated[
 @command(
     "amig bench dirty-log",
     "amig bench dirty-log --scale 0.02 --runs 1 --only slot-cache --only auto-clear",
-    "amig bench dirty-log --runs 5 --out docs/measured",
+    "amig bench dirty-log --runs 5 --out docs/measured --page docs/dirty-log.md",
     name="dirty-log",
     group=group,
 )
@@ -56,6 +66,7 @@ def dirty_log(
         typer.Option("--calibrate/--no-calibrate", help="Slow both rates down to what this machine holds, and say so."),
     ] = True,
     out: Out = None,
+    page: Page = None,
     json: options.Json = False,
 ) -> None:
     """Run the published dirty-log scenario with every design and chunk size.
@@ -88,11 +99,12 @@ def dirty_log(
         calibrate=calibrate,
     )
     _need_kvm()
-    raise typer.Exit(_ended(_dirty_log(request, out, json=json)))
+    raise typer.Exit(_ended(_dirty_log(request, out, page, json=json)))
 
 
-async def _dirty_log(request: object, out: Path | None, *, json: bool) -> int:
+async def _dirty_log(request: object, out: Path | None, page: Path | None, *, json: bool) -> int:
     from amig.bench.dirty_log import Request, bench
+    from amig.bench.files import insert
     from amig.bench.table import markdown
 
     assert isinstance(request, Request)  # noqa: S101 - typed loosely, to be imported late
@@ -102,6 +114,8 @@ async def _dirty_log(request: object, out: Path | None, *, json: bool) -> int:
             _write_report(report, out)
 
     report = await bench(request, say.note, keep)
+    if page is not None:
+        await asyncio.to_thread(insert, page, "dirty-log", markdown(report))
     if json:
         say.json_line(report)
     else:
@@ -124,7 +138,7 @@ def _write_report(report: Report, out: Path) -> None:
 @command(
     "amig bench losses",
     "amig bench losses --runs 5 --only blind --only exact",
-    "amig bench losses --out docs/measured",
+    "amig bench losses --out docs/measured --page docs/dirty-log.md",
     name="losses",
     group=group,
 )
@@ -136,6 +150,7 @@ def losses(
         typer.Option("--with", metavar="WHO", help="Only with this company: alone, users, all; may be given again."),
     ] = None,
     out: Out = None,
+    page: Page = None,
     json: options.Json = False,
 ) -> None:
     """Count lost pages and needless copies of every dirty-log design.
@@ -144,7 +159,9 @@ def losses(
     dirty-rate meter, a display that is slow to draw, a device backend in another process, writes from the host's side.
     The designs that are known to lose pages, blind and migration-bitmap, run here, too: with guests that nobody needs.
     """
+    from amig.bench.files import insert
     from amig.bench.losses import bench, plan
+    from amig.bench.losses_table import markdown
 
     cells = plan(only or [], company or [])
     _need_kvm()
@@ -153,11 +170,11 @@ def losses(
         found = await bench(cells, runs, say.note)
         if out is not None:
             await asyncio.to_thread(_write_losses, found, out)
+        if page is not None:
+            await asyncio.to_thread(insert, page, "losses", markdown(found))
         if json:
             say.json_line(found)
         else:
-            from amig.bench.losses_table import markdown
-
             say.result(markdown(found))
         return 0 if found.as_claimed else 1
 

@@ -1,4 +1,4 @@
-"""Says what KVM is here, in a few lines: ``python -m amig.kvm``. Ends with the error's exit code where none is usable."""
+"""``python -m amig.kvm`` says what KVM is here; it ends with the error's exit code where none is usable."""
 
 from __future__ import annotations
 
