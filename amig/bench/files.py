@@ -9,7 +9,6 @@ import msgspec
 
 from amig.errors import UsageError
 
-
 END = "<!-- measured: end -->"
 
 
