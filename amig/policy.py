@@ -36,7 +36,7 @@ class Policy:
     """Seconds from the start after which ``on_timeout`` applies; None: no limit."""
     on_timeout: OnTimeout = "cancel"
     """``cancel``: the guest stays; ``switch``: it moves with whatever downtime that takes."""
-    chunk: int = MIB
+    chunk: int = 2 * MIB
     """Most dirty bytes of a chunk."""
     chunk_span: int | None = None
     """Most bytes of address range of a chunk; None: as far as the dirty bytes reach."""

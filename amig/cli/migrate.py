@@ -62,7 +62,7 @@ def migrate(
     ] = "100ms",
     max_rounds: Annotated[
         int, typer.Option("--max-rounds", help="Rounds before --on-timeout applies.", rich_help_panel=_LIMITS)
-    ] = 100,
+    ] = 1000,
     timeout: Annotated[
         str | None,
         typer.Option("--timeout", metavar="TIME", help="Time before --on-timeout applies.", rich_help_panel=_LIMITS),
@@ -96,7 +96,7 @@ def migrate(
     chunk: Annotated[
         str,
         typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.", rich_help_panel=_STREAM),
-    ] = "1MiB",
+    ] = "2MiB",
     chunk_span: Annotated[
         str | None,
         typer.Option("--chunk-span", metavar="SIZE", help="Most address range of a chunk.", rich_help_panel=_STREAM),
