@@ -49,6 +49,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Pages that the guest wrote in a second during the migration, by those before it."""
     write_mb_s: Spread | None = None
     link_mb_s: Spread | None = None
+    """While really sending; above the cap where what was held back goes in bursts."""
+    pace_mb_s: Spread | None = None
+    """Content of pages sent, by the total time."""
     log_start_ms: Spread | None = None
     get_us: Spread | None = None
     """A GET."""
@@ -166,6 +169,7 @@ def row(variant: Variant, scenario: Scenario, runs: Sequence[Run]) -> Row:
         progress=of(lambda one: one.rate / one.idle_rate if one.idle_rate else None),
         write_mb_s=of(lambda one: one.rate * PAGE_SIZE / 1e6),
         link_mb_s=of(lambda one: one.link / 1e6),
+        pace_mb_s=of(lambda one: one.result.pages.sent * PAGE_SIZE / 1e3 / one.result.total_ms),
         log_start_ms=of(lambda one: one.log_start_ms),
         get_us=of(lambda one: one.log.get_ms * 1e3 / one.log.gets if one.log and one.log.gets else None),
         clear_ms=of(lambda one: one.log.clear_ms if one.log else None),

@@ -28,7 +28,7 @@ def markdown(report: Report) -> str:
         *costs(report.rows),
         "",
         "*Guest*: pages written a second during the migration, by those before it. *Log on*: to switch the log on and "
-        "learn what it starts with. GET and CLEAR: time in these ioctls (for the ring: what stands for them).",
+        "learn what it starts with. *Link*: while really sending; *pace*: pages sent by the total time. GET and CLEAR: time in these ioctls (for the ring: what stands for them).",
     ]
     states = [f"- {row.variant}: {row.state}" for row in report.rows if row.state]
     if states:
@@ -78,6 +78,7 @@ def costs(rows: Sequence[Row]) -> list[str]:
         "guest",
         "wrote MB/s",
         "link MB/s",
+        "pace MB/s",
         "log on ms",
         "GET µs",
         "CLEARs",
@@ -91,6 +92,7 @@ def costs(rows: Sequence[Row]) -> list[str]:
             show(row.progress, 3),
             show(row.write_mb_s),
             show(row.link_mb_s),
+            show(row.pace_mb_s),
             show(row.log_start_ms, 2),
             show(row.get_us),
             show(row.clears, brief=True),
