@@ -28,7 +28,8 @@ def markdown(report: Report) -> str:
         *costs(report.rows),
         "",
         "*Guest*: pages written a second during the migration, by those before it. *Log on*: to switch the log on and "
-        "learn what it starts with. *Link*: while really sending; *pace*: pages sent by the total time. GET and CLEAR: time in these ioctls (for the ring: what stands for them).",
+        "learn what it starts with. *Link*: while really sending; *pace*: pages sent by the total time. GET and CLEAR: "
+        "time in these ioctls (for the ring: what stands for them).",
     ]
     states = [f"- {row.variant}: {row.state}" for row in report.rows if row.state]
     if states:
