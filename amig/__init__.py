@@ -9,8 +9,8 @@
             print(event)
     result = await migration.result()
 
-`Migration` moves a guest, `Reception` waits for one and runs it, `Guest` is the seam that any virtual machine monitor
-can stand behind (docs/guest-protocol.md). Works in anybody's event loop, asyncio's own or uvloop, more than one at a
+`Migration` moves a guest; `receive` waits for one and runs it, and so does `Reception`, step by step. `Guest` is the
+seam that any virtual machine monitor can stand behind (docs/guest-protocol.md). Works in anybody's event loop, asyncio's own or uvloop, more than one at a
 time. Errors are an `AmigError`; their tree stands in `amig.errors`.
 
 The names below are loaded when they are first used: the command line starts before numpy would have been read.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from amig.host.service import HostService
     from amig.policy import Policy
     from amig.session.migration import Migration
-    from amig.session.reception import Reception
+    from amig.session.reception import Reception, receive
     from amig.transport.options import LinkOptions, TlsFiles
     from amig.transport.pairing import PairingHost
 
@@ -61,6 +61,7 @@ __all__ = [
     "StateChanged",
     "TlsFiles",
     "__version__",
+    "receive",
 ]
 
 _HOMES = {
@@ -86,6 +87,7 @@ _HOMES = {
     "State": "amig.events",
     "StateChanged": "amig.events",
     "TlsFiles": "amig.transport.options",
+    "receive": "amig.session.reception",
 }
 
 

@@ -11,6 +11,7 @@ import amig
 from amig.errors import LinkLost, MigrationError
 from amig.events import State, StateChanged
 from amig.host import guest_abi as abi
+from amig.host.attach import open_control
 from amig.session.inbound import Phase
 from amig.stages.clear_log import ClearLog
 from amig.stages.dirty_sync import DirtySync
@@ -286,3 +287,14 @@ async def test_a_guest_that_an_operator_has_paused_stays_paused_where_it_goes(en
         await target.service.hosted.operator_resume()
         await alive(machine_of(target.service))
         assert await verdict(machine_of(target.service)) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_receive_hosts_a_guest_from_its_arrival_to_its_end(engine: str) -> None:
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with hosting(engine=engine) as source:
+        here = asyncio.create_task(amig.receive("tcp://127.0.0.1:0", name="arrival", listening=address.set_result))
+        await move(source, await address, BUSY)
+        async with await open_control("arrival") as control:
+            await control.stop()
+        assert (await here).how is amig.How.STOPPED

@@ -195,6 +195,25 @@ class Reception:
                 await inbound.close()
 
 
+async def receive(
+    address: str,
+    *,
+    name: str,
+    sinks: tuple[Sink, ...] = (),
+    once: bool = False,
+    link: LinkOptions | None = None,
+    listening: Callable[[str], None] = lambda _: None,
+) -> Ended:
+    """Wait for a guest at ``address``, run it, and return how it ended: a `Reception` in one call.
+
+    ``listening`` is called with the address, the real port in it, once a source may come. Cancelling stops waiting, or
+    the guest if it has arrived. Raises what `Reception` raises.
+    """
+    async with Reception(address, name=name, sinks=sinks, once=once, link=link) as reception:
+        listening(reception.address)
+        return await reception.ended()
+
+
 async def restore_here(service: HostService, path: str, *, hugepages: bool = False, workers: int = 1) -> None:
     """Fill the service's guest from a snapshot and run it: all of ``amig run NAME --restore file:PATH``."""
     incoming = service.incoming(builders(service, hugepages=hugepages))
