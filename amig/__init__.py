@@ -10,8 +10,8 @@
     result = await migration.result()
 
 `Migration` moves a guest; `receive` waits for one and runs it, and so does `Reception`, step by step. `Guest` is the
-seam that any virtual machine monitor can stand behind (docs/guest-protocol.md). Works in anybody's event loop, asyncio's own or uvloop, more than one at a
-time. Errors are an `AmigError`; their tree stands in `amig.errors`.
+seam that any virtual machine monitor can stand behind (docs/guest-protocol.md). Works in anybody's event loop,
+asyncio's own or uvloop, more than one at a time. Errors are an `AmigError`; their tree stands in `amig.errors`.
 
 The names below are loaded when they are first used: the command line starts before numpy would have been read.
 """
