@@ -35,6 +35,9 @@ pytestmark = pytest.mark.usefixtures("homes")
 ENGINES = [pytest.param("kvm", marks=pytest.mark.kvm), "simulator"]
 STANDARD = pytest.mark.standard
 BUSY = amig.Policy(downtime=0.05, timeout=30, on_timeout="switch")
+STREAMS = amig.Policy(streams=4, compression="zstd", workers=2, downtime=0.1, timeout=30, on_timeout="switch")
+both_ways = pytest.mark.parametrize("policy", [BUSY, STREAMS], ids=["plain", "streams-zstd"])
+"""What must hold for one raw connection must hold for four compressed ones."""
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -50,12 +53,13 @@ async def test_a_checking_guest_moves_intact(engine: str, vcpus: int) -> None:
         assert await verdict(machine_of(target.service)) == 0
 
 
+@both_ways
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_back_and_forth(engine: str) -> None:
+async def test_back_and_forth(engine: str, policy: amig.Policy) -> None:
     async with hosting(engine=engine, vcpus=2) as source, receiving() as second, receiving() as third:
-        await move(source, second.address, BUSY)
+        await move(source, second.address, policy)
         await second.arrived()
-        await move(second.service, third.address, BUSY)
+        await move(second.service, third.address, policy)
         await third.arrived()
         assert await verdict(machine_of(third.service)) == 0
 
@@ -63,9 +67,8 @@ async def test_back_and_forth(engine: str) -> None:
 @STANDARD
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_four_streams_and_compression(engine: str) -> None:
-    policy = amig.Policy(streams=4, compression="zstd", workers=2, downtime=0.1, timeout=30, on_timeout="switch")
     async with hosting(engine=engine) as source, receiving() as target:
-        result = await move(source, target.address, policy)
+        result = await move(source, target.address, STREAMS)
         await target.arrived()
         assert result.streams == 4
         assert await verdict(machine_of(target.service)) == 0
@@ -82,6 +85,7 @@ async def test_every_safe_strategy_of_the_dirty_log(engine: str, strategy: str) 
         assert await verdict(machine_of(target.service)) == 0
 
 
+@both_ways
 @pytest.mark.kvm
 @pytest.mark.parametrize(
     "append",
@@ -94,28 +98,30 @@ async def test_every_safe_strategy_of_the_dirty_log(engine: str, strategy: str) 
         "workload=check ws=16M rate=50M",
     ],
 )
-async def test_every_workload_moves(append: str) -> None:
+async def test_every_workload_moves(append: str, policy: amig.Policy) -> None:
     async with hosting(append) as source, receiving() as target:
-        await move(source, target.address, BUSY)
+        await move(source, target.address, policy)
         await target.arrived()
         await alive(machine_of(target.service))
 
 
+@both_ways
 @pytest.mark.kvm
-async def test_a_guest_above_the_4_gib_hole_moves() -> None:
+async def test_a_guest_above_the_4_gib_hole_moves(policy: amig.Policy) -> None:
     append = "workload=check ws=32M ws_from=4G rate=50M"
     async with hosting(append, memory=3200 * MIB) as source, receiving() as target:
-        result = await move(source, target.address, BUSY)
+        result = await move(source, target.address, policy)
         await target.arrived()
         assert result.pages.total == 3200 * 256
         assert result.pages.zero > 3000 * 256, "holes are not sent"
         assert await verdict(machine_of(target.service)) == 0
 
 
+@both_ways
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_through_a_unix_socket(engine: str, tmp_path: Path) -> None:
+async def test_through_a_unix_socket(engine: str, policy: amig.Policy, tmp_path: Path) -> None:
     async with hosting(engine=engine) as source, receiving(f"unix:{tmp_path}/in") as target:
-        await move(source, target.address, BUSY)
+        await move(source, target.address, policy)
         await target.arrived()
         assert await verdict(machine_of(target.service)) == 0
 
@@ -134,9 +140,10 @@ async def test_a_live_snapshot_and_what_becomes_of_it(engine: str, tmp_path: Pat
         assert await verdict(machine_of(target.service)) == 0
 
 
+@both_ways
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("state", [State.MEMORY, State.SWITCHOVER])
-async def test_cancel_leaves_the_source_running_and_logging_off(engine: str, state: State) -> None:
+async def test_cancel_leaves_the_source_running_and_logging_off(engine: str, state: State, policy: amig.Policy) -> None:
     migration: amig.Migration
 
     def on_event(event: amig.Event) -> None:
@@ -144,7 +151,7 @@ async def test_cancel_leaves_the_source_running_and_logging_off(engine: str, sta
             asyncio.get_running_loop().call_soon(migration.cancel)
 
     async with hosting(engine=engine) as source, receiving() as target:
-        async with amig.Migration(source.name, target.address, BUSY, on_event=on_event) as migration:
+        async with amig.Migration(source.name, target.address, policy, on_event=on_event) as migration:
             pass
         assert (await migration.result()).status == "cancelled"
         await assert_stayed(source)
@@ -164,24 +171,26 @@ async def test_a_destination_that_dies_while_memory_is_sent_leaves_the_source_ru
         await assert_stayed(source)
 
 
+@both_ways
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_after_a_failed_attempt_the_next_one_succeeds(engine: str) -> None:
+async def test_after_a_failed_attempt_the_next_one_succeeds(engine: str, policy: amig.Policy) -> None:
     async with hosting(engine=engine) as source, receiving() as target:
         async with amig.Migration(source.name, target.address, amig.Policy(bandwidth=5e6)) as migration:
             async for event in migration:
                 if isinstance(event, amig.Progress) and event.bytes_sent:
                     migration.cancel()
         await assert_stayed(source)
-        await move(source, target.address, BUSY)
+        await move(source, target.address, policy)
         await target.arrived()
         assert await verdict(machine_of(target.service)) == 0
 
 
+@both_ways
 @pytest.mark.kvm
-async def test_the_console_goes_on_at_the_destination() -> None:
+async def test_the_console_goes_on_at_the_destination(policy: amig.Policy) -> None:
     here, there = Output(), Output()
     async with hosting(CHECK.replace("report=0", "report=1"), output=here) as source, receiving(output=there) as target:
-        await move(source, target.address, BUSY)
+        await move(source, target.address, policy)
         await target.arrived()
         await asyncio.wait_for(_line(there), 20)
     assert "amig-guest" in here.text or "check" in here.text
@@ -251,7 +260,7 @@ async def test_the_guest_reports_clears_that_come_after_the_read(monkeypatch: py
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
 @pytest.mark.parametrize(
     "policy",
-    [BUSY, amig.Policy(streams=4, compression="zstd", downtime=0.1, timeout=30, on_timeout="switch")],
+    [BUSY, STREAMS],
     ids=["plain", "streams-zstd"],
 )
 async def test_twenty_times_back_and_forth(vcpus: int, policy: amig.Policy) -> None:
