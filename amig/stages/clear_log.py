@@ -14,8 +14,8 @@ from amig.stats import MigrationStats
 class ClearLog:
     """The second stage of the source.
 
-    It clears an extent only when the reader waits for the next chunk (or, with ``prefetch``, has begun on the last
-    one), so that nothing lies around cleared and unread: that time is the window in which a page can be dirtied again.
+    It clears an extent only when the reader waits for the next chunk, so that nothing lies around cleared and unread:
+    that time is the window in which a page can be dirtied again.
     """
 
     def __init__(
@@ -26,14 +26,12 @@ class ClearLog:
         *,
         ledger: Ledger,
         stats: MigrationStats,
-        prefetch: bool = False,
     ) -> None:
         self._guest = guest
         self._in = extents
         self._out = chunks
         self._ledger = ledger
         self._stats = stats
-        self._prefetch = prefetch
 
     async def run(self) -> None:
         """Turn extents into chunks until the input ends. Cancelling loses no bits: the guest takes them back."""
@@ -43,7 +41,7 @@ class ClearLog:
                     self._ledger.all_taken(item.round)
                     await self._out.send(item, 0)
                 else:
-                    await (self._out.empty() if self._prefetch else self._out.wanted())
+                    await self._out.wanted()
                     await self._out.send(await self._clear(item), item.size)
 
     async def _clear(self, extent: Extent) -> Chunk:
