@@ -15,6 +15,7 @@ CORE = {"bitmap", "errors", "events", "guest", "memory", "policy", "stats", "uni
 numpy and msgspec only."""
 
 ALLOWED: dict[str, set[str]] = {
+    "children": {"errors"},
     "kvm": {"errors"},
     "dirty": CORE | {"kvm"},
     "stages": CORE,

@@ -10,7 +10,7 @@ from amig.bench.measured import Run
 from amig.bench.run_one import run_one
 from amig.bench.scenario import Scenario, Variant
 from amig.bench.summary import Report, summarise
-from amig.cli.demo_hosts import Place
+from amig.children import Place
 from amig.memory import PAGE_SIZE
 from amig.units import format_rate
 

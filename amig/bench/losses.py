@@ -12,7 +12,7 @@ import msgspec
 from amig.bench.counting import Copies
 from amig.bench.one_loss import Moving, Stage, move
 from amig.bench.processes import Processes
-from amig.cli.demo_hosts import Place
+from amig.children import Place
 from amig.errors import AmigError, UsageError
 
 Tell = Callable[[str], None]

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from amig.bench import backend, hosts
-from amig.cli.demo_hosts import Child, Place
+from amig.children import Child, Place
 from amig.errors import HostError
 
 _TIMEOUT = 60.0

@@ -9,7 +9,7 @@ import msgspec
 from amig.bench.measured import Moved, Run
 from amig.bench.mover import BOOT_TIMEOUT, Plan
 from amig.bench.scenario import Scenario, Variant
-from amig.cli.demo_hosts import Child, Place
+from amig.children import Child, Place
 from amig.cli.demo_watch import Observed
 from amig.errors import AmigError
 

@@ -12,8 +12,8 @@ from typing import cast
 import msgspec
 import numpy as np
 
+from amig.children import Child, Place
 from amig.cli import say
-from amig.cli.demo_hosts import Child, Place
 from amig.cli.demo_report import Downtime, Progress, Report, text
 from amig.cli.demo_watch import Observed
 from amig.cli.loop import on_signals
@@ -89,7 +89,7 @@ async def run_demo(request: Request) -> int:
 
 
 async def _show(request: Request) -> Report:
-    with Place.temporary() as place:
+    with Place.temporary("amig-demo-") as place:
         tell = (lambda _: None) if request.json else say.note
         run = [
             "run", "source", "--workload", "check", "--engine", request.engine, "--memory", str(request.memory),

@@ -1,4 +1,7 @@
-"""The demo's processes: two guest hosts and an observer, in a place of their own, gone when the demo is."""
+"""Processes that a command starts and speaks JSON lines with, in a place of their own, gone when the command is.
+
+What the demo and the benches have in common: guest hosts, migrators, observers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-import amig
 from amig.errors import HostError
 
 _END_TIMEOUT = 10.0
@@ -23,7 +25,7 @@ _TAIL = 2000
 
 
 class Place:
-    """Runtime and state directories of the demo's own, so that it never meets another guest of the same name."""
+    """Runtime and state directories of a command's own, so that it never meets another guest of the same name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,9 +40,9 @@ class Place:
 
     @classmethod
     @contextlib.contextmanager
-    def temporary(cls) -> Any:
+    def temporary(cls, prefix: str = "amig-bench-") -> Any:
         """Yield one that is removed at the end."""
-        with TemporaryDirectory(prefix="amig-demo-") as root:
+        with TemporaryDirectory(prefix=prefix) as root:
             yield cls(Path(root))
 
     def socket(self, name: str) -> str:
@@ -49,7 +51,7 @@ class Place:
 
 
 class Child:
-    """A process of the demo: speaks JSON lines, ends when its standard input does."""
+    """A process that speaks JSON lines and ends when its standard input does."""
 
     def __init__(self, name: str, process: Process, log: Path) -> None:
         self.name = name
@@ -61,7 +63,7 @@ class Child:
     async def started(cls, name: str, arguments: Sequence[str], place: Place) -> AsyncIterator[Child]:
         """Run ``python ARGUMENTS`` for the length of the block, and a little longer if it has to be ended."""
         log = place.root / f"{name}.err"
-        package = Path(amig.__file__).parent.parent
+        package = Path(__file__).parent.parent
         safe = [] if package == Path.cwd() else ["-P"]
         with log.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
@@ -91,9 +93,9 @@ class Child:
                     if key in value:
                         return value
         except TimeoutError:
-            raise HostError(f"the demo's {self.name} did not get so far in {timeout:g} s: {self._tail()}") from None
+            raise HostError(f"the {self.name} did not get so far in {timeout:g} s: {self._tail()}") from None
         await self.process.wait()
-        raise HostError(f"the demo's {self.name} ended early (code {self.process.returncode}): {self._tail()}")
+        raise HostError(f"the {self.name} ended early (code {self.process.returncode}): {self._tail()}")
 
     def _tail(self) -> str:
         return self._log.read_bytes()[-_TAIL:].decode(errors="replace").strip() or "it said nothing"
@@ -104,7 +106,7 @@ class Child:
             async with asyncio.timeout(_END_TIMEOUT):
                 return await self.process.wait()
         except TimeoutError:
-            raise HostError(f"the demo's {self.name} does not end: {self._tail()}") from None
+            raise HostError(f"the {self.name} does not end: {self._tail()}") from None
 
     async def end(self) -> None:
         """End it: by closing its input, then by signals. Waits for it even when cancelled."""
