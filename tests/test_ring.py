@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amig
-from amig.cli.run import ring_bytes
+from amig.cli.options import ring_bytes
 from amig.dirty.hub import DirtyLogHub
 from amig.errors import ControlError, UsageError
 from amig.host.ring_log import RingLog

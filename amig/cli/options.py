@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from amig.errors import UsageError
-from amig.units import parse_duration, parse_rate, parse_size
+from amig.units import format_size, parse_duration, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from amig.transport import LinkOptions
 
 T = TypeVar("T")
 _TRUST = "Trust"
+HOST_PANEL = "Host"
+_ENTRY, _MIN_RING, _MAX_RING = 16, 4096, 1 << 20
+"""Bytes of an entry of a dirty ring, and what KVM takes at least and at most; api.rst 8.29."""
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for programs.")]
 Detach = Annotated[
@@ -28,6 +31,15 @@ Serial = Annotated[
     str, typer.Option("--serial", metavar="WHERE", help="Where the serial port goes: file:PATH, stdio or none.")
 ]
 GuestName = Annotated[str, typer.Argument(metavar="NAME", help="The guest's name, or the path of its control socket.")]
+DirtyRing = Annotated[
+    str | None,
+    typer.Option(
+        "--dirty-ring",
+        metavar="SIZE",
+        help="Log dirty pages in a ring for each vCPU: so many entries, or bytes with a unit.",
+        rich_help_panel=HOST_PANEL,
+    ),
+]
 Lifeline = Annotated[bool, typer.Option("--lifeline", hidden=True, help="End when standard input does.")]
 
 
@@ -98,6 +110,17 @@ def rate(option: str, text: str) -> int | None:
 def seconds(option: str, text: str) -> float:
     """Return seconds; raises `UsageError` that names the option."""
     return _read(parse_duration, option, text)
+
+
+def ring_bytes(words: str) -> int:
+    """Return the bytes of ``--dirty-ring``; raises `UsageError` for what no KVM takes."""
+    found = int(words) * _ENTRY if words.isdecimal() and len(words) < 9 else size("--dirty-ring", words)
+    if found & (found - 1) or not _MIN_RING <= found <= _MAX_RING:
+        raise UsageError(
+            f"--dirty-ring {words}: it takes a power of two, {_MIN_RING // _ENTRY} to {_MAX_RING // _ENTRY} entries "
+            f"({format_size(_MIN_RING)} to {format_size(_MAX_RING)})"
+        )
+    return found
 
 
 def _read(parse: Callable[[str], T], option: str, text: str) -> T:

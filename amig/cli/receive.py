@@ -28,6 +28,7 @@ _TEXTS = {
 }
 
 
+_MEMORY = "Memory"
 PAIR_AT = "tls://0.0.0.0:7000"
 STDIO_TIMEOUT = 1e6
 """Seconds: the command that ssh runs ends when the guest is here, however long that takes."""
@@ -45,6 +46,9 @@ class Request:
     once: bool
     hugepages: bool
     workers: int
+    memory: int
+    max_memory: int
+    dirty_ring: int
     detached: bool
 
 
@@ -53,6 +57,7 @@ class Request:
     "amig receive tls://0.0.0.0:7000 --name web1",
     "amig receive tcp://127.0.0.1:0 --name web1 --once --json      # the first line tells the port",
     "amig receive unix:/run/move.sock --name web1 --detach",
+    "amig receive --pair --name web1 --memory 4GiB                 # with memory made ready for it",
 )
 def receive(
     address: Annotated[
@@ -82,6 +87,22 @@ def receive(
     tls_ca: options.TlsCa = None,
     hugepages: options.HugePages = False,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Threads that decompress.")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Make so much memory ready before listening: a guest of up to that size arrives faster.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory", metavar="SIZE", help="Refuse guests with more than that.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    dirty_ring: options.DirtyRing = None,
     detach: options.Detach = False,
     json: options.Json = False,
     lifeline: options.Lifeline = False,
@@ -93,6 +114,9 @@ def receive(
     tcp:// is not encrypted: outside this machine it needs --insecure.
 
     The address that --pair shows has a secret in it, good for one source and one attempt. Don't keep it.
+
+    A guest needs as much memory here as it uses there, or it is refused; --memory takes it ahead, all of it for good. A
+    guest that is larger than that gets its memory as without the option, and what was made ready is given back.
     """
     from amig.cli.caution import plain_tcp
     from amig.cli.hosting import Host, is_detached, serial_choice
@@ -111,6 +135,18 @@ def receive(
     elif json or lifeline or serial == "stdio":
         raise UsageError("--stdio needs standard input and output for itself: leave --json and --serial stdio out")
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
+    request = Request(
+        address=where,
+        link=link,
+        pair_for=patience if pair else None,
+        once=once or pair or stdio,
+        hugepages=hugepages,
+        workers=workers,
+        memory=options.size("--memory", memory) if memory is not None else 0,
+        max_memory=options.size("--max-memory", max_memory) if max_memory is not None else 0,
+        dirty_ring=options.ring_bytes(dirty_ring) if dirty_ring is not None else 0,
+        detached=is_detached(),
+    )
     if warning and not is_detached():
         say.warn(warning)
     if detach and not is_detached():
@@ -125,15 +161,6 @@ def receive(
             say.result(ready.info["text"])
         return
     logging.getLogger("amig.session.reception").setLevel(logging.ERROR)  # we tell of failed attempts ourselves
-    request = Request(
-        address=where,
-        link=link,
-        pair_for=patience if pair else None,
-        once=once or pair or stdio,
-        hugepages=hugepages,
-        workers=workers,
-        detached=is_detached(),
-    )
     host = Host(name, choice, json=json, lifeline=lifeline)
     raise typer.Exit(run_loop(_receive(host, request)))
 
@@ -152,6 +179,7 @@ def _where(address: str | None, *, pair: bool, stdio: bool) -> str | None:
 
 
 async def _receive(host: Host, request: Request) -> int:
+    from amig.host.kvm_probe import check_dirty_ring
     from amig.session.reception import Reception
     from amig.transport import stdio
     from amig.transport.pairing import PairingHost
@@ -166,7 +194,12 @@ async def _receive(host: Host, request: Request) -> int:
             text = f"{host.name}: the attempt failed, waiting for the next one: {error}"
             host.say(text, {"event": "failed", "error": str(error), "exit_code": error.exit_code})
 
+    def on_note(text: str) -> None:
+        host.say(f"{host.name}: {text}", {"event": "notice", "text": text})
+
     async def body() -> int:
+        if request.dirty_ring:
+            check_dirty_ring(request.dirty_ring)
         pairing = None if request.pair_for is None else PairingHost(lasts=request.pair_for)
         where = request.address or stdio.StdioListener(*(stdio.inherited() or stdio.take_over()))
         reception = Reception(
@@ -178,8 +211,12 @@ async def _receive(host: Host, request: Request) -> int:
             pairing=pairing,
             hugepages=request.hugepages,
             workers=request.workers,
+            memory=request.memory,
+            max_memory=request.max_memory,
+            dirty_ring=request.dirty_ring,
             on_phase=on_phase,
             on_failure=on_failure,
+            on_note=on_note,
         )
         async with reception, host.keys(reception.service):
             if request.address is not None:

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 _KERNEL = "Kernel"
 _WORKLOAD = "Workload"
-_HOST = "Host"
-_ENTRY, _MIN_RING, _MAX_RING = 16, 4096, 1 << 20
-"""Bytes of an entry of a dirty ring, and what KVM takes at least and at most; api.rst 8.29."""
+_HOST = options.HOST_PANEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +115,7 @@ def run(
     hugepages: options.HugePages = False,
     paused: Annotated[bool, typer.Option("--paused", help="Don't start it; amig resume does.")] = False,
     engine: Annotated[options.Engine, typer.Option("--engine", help="What runs the guest.")] = options.Engine.KVM,
-    dirty_ring: Annotated[
-        str | None,
-        typer.Option(
-            "--dirty-ring",
-            metavar="SIZE",
-            help="Log dirty pages in a ring for each vCPU: so many entries, or bytes with a unit.",
-            rich_help_panel=_HOST,
-        ),
-    ] = None,
+    dirty_ring: options.DirtyRing = None,
     initially_set: Annotated[
         bool,
         typer.Option(
@@ -176,7 +166,7 @@ def run(
         cpu=cpu,
         paused=paused,
         engine=engine,
-        dirty_ring=ring_bytes(dirty_ring) if dirty_ring is not None else 0,
+        dirty_ring=options.ring_bytes(dirty_ring) if dirty_ring is not None else 0,
         initially_set=initially_set,
     )
     choice = serial_choice(serial, json=json, detach=detach, lifeline=lifeline)
@@ -194,17 +184,6 @@ def run(
         return
     code = run_loop(_host(Host(name, choice, json=json, lifeline=lifeline), request))
     raise typer.Exit(code)
-
-
-def ring_bytes(words: str) -> int:
-    """Return the bytes of ``--dirty-ring``; raises `UsageError` for what no KVM takes."""
-    size = int(words) * _ENTRY if words.isdecimal() and len(words) < 9 else options.size("--dirty-ring", words)
-    if size & (size - 1) or not _MIN_RING <= size <= _MAX_RING:
-        raise UsageError(
-            f"--dirty-ring {words}: it takes a power of two, {_MIN_RING // _ENTRY} to {_MAX_RING // _ENTRY} entries "
-            f"({format_size(_MIN_RING)} to {format_size(_MAX_RING)})"
-        )
-    return size
 
 
 async def _host(host: Host, request: Request) -> int:

@@ -131,4 +131,10 @@ class LocalIncoming:
         if record is not None:
             await self._hosted.vm.call(record.close)
         if not keep_machine and self._hosted.has_machine:
+            # Its memory at once, whoever still holds an array: it may be most of this machine's.
+            await self._hosted.vm.call(self._hosted.machine.memory.empty)
             await self._hosted.drop()
+
+
+def _abandon(record: ArrivalRecord) -> Callable[[str], None]:
+    return lambda _: record.abandon()

@@ -16,7 +16,7 @@ from amig.host.exits import MmioBus, PortBus
 from amig.host.kvm_log import KvmLog
 from amig.host.kvm_probe import check_kernels_run
 from amig.host.machine import Machine
-from amig.host.memory import MemfdMemory
+from amig.host.memory import MakeMemory, MemfdMemory
 from amig.host.ring_log import RingLog
 from amig.host.serial import COM1_IRQ, Serial16550
 from amig.host.stopped import Stopped
@@ -150,7 +150,7 @@ class KvmMachine:
         description: bytes,
         memory_map: MemoryMap,
         *,
-        hugepages: bool = False,
+        make_memory: MakeMemory = MemfdMemory,
         sink: Sink = _drop,
         initially_set: bool = True,
         dirty_ring: int = 0,
@@ -164,7 +164,7 @@ class KvmMachine:
         with Kvm.open() as kvm, contextlib.ExitStack() as undo:
             wanted.check(kvm_board.offered_cpuid(kvm))
             try:
-                memory = MemfdMemory(memory_map, hugepages=hugepages)
+                memory = make_memory(memory_map)
                 undo.callback(memory.close)
                 machine = cls(
                     kvm=kvm, memory=memory, model=wanted.model(), vcpus=wanted.vcpus,

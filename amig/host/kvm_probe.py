@@ -1,4 +1,6 @@
-"""Can this KVM run an operating system's kernel? Asked with a few instructions, before minutes are spent to find out.
+"""What this KVM can do, asked of a VM made for the question.
+
+Can it run an operating system's kernel? A few instructions say so before minutes are spent to find out.
 
 A KVM without hardware virtualization beneath it interprets ring 0, a million instructions a second, and stops at those
 its interpreter does not know. Linux comes to the first of them some minutes after its start.
@@ -53,6 +55,12 @@ def check_kernels_run(kvm: Kvm) -> None:
                 )
     finally:
         memory.close()
+
+
+def check_dirty_ring(size: int) -> None:
+    """Raise `KvmUnavailable` or `UsageError` where no guest can have a dirty ring of ``size`` bytes."""
+    with Kvm.open() as kvm, kvm.create_vm() as vm:
+        vm.enable_dirty_ring(size)
 
 
 def _named(rip: int) -> str:

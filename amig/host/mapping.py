@@ -91,7 +91,8 @@ class Mapping:
                     f"no huge pages free for {size >> 20} MiB of guest memory: {e.strerror}; "
                     f"write at least {size // HUGE_PAGE} more to /proc/sys/vm/nr_hugepages, or run without them"
                 ) from e
-            raise HostError(f"can't map {size} bytes of guest memory: {e.strerror}") from e
+            limit = "; is there a limit (ulimit -v)?" if e.errno == errno.ENOMEM else ""
+            raise HostError(f"can't map {size} bytes of guest memory: {e.strerror}{limit}") from e
         self._pages: Pages | None = np.frombuffer(self._mmap, np.uint8).reshape(-1, PAGE_SIZE)
 
     @property
@@ -141,6 +142,16 @@ class Mapping:
     def punch(self, start: int, size: int) -> None:
         """Make a run zero and give its memory back."""
         _check(_libc.fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, start, size), "fallocate")
+
+    def cut(self, size: int) -> None:
+        """Show only the first ``size`` bytes from here on, a multiple of the page size; the rest is given back.
+
+        The file keeps its length, which is sealed.
+        """
+        if size < self.size:
+            self.punch(size, self.size - size)
+            self._pages = self.pages[: size // PAGE_SIZE]
+            self.size = size
 
     def reopen_readonly(self) -> int:
         """Return a new descriptor of the same memory that can't be written through; the caller owns it."""

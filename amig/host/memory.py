@@ -15,7 +15,7 @@ from amig.host.mapping import Mapping as FileMapping
 from amig.host.mapping import check_sealed, create_memfd
 from amig.memory import PAGE_SIZE, MemoryMap, Pages, Slot
 
-__all__ = ["MappedMemory", "MemfdMemory"]
+__all__ = ["MakeMemory", "MappedMemory", "MemfdMemory"]
 
 
 class MappedMemory:
@@ -109,6 +109,8 @@ class MemfdMemory(MappedMemory):
             raise
         super().__init__(memory_map, mappings)
         self.hugepages = hugepages
+        self.backed = False
+        """Whether all of it is known to be backed: then there is nothing to `populate`."""
         self.on_write: Callable[[int, int, int], None] | None = None
 
     @classmethod
@@ -123,14 +125,35 @@ class MemfdMemory(MappedMemory):
     def populate(self, region: int, first: int, count: int) -> None:
         """Have the kernel back a run of pages; contents stay. Blocks (first touch costs microseconds a page)."""
         self._check_pages(region, first, count)
-        if count:
+        if count and not self.backed:
             self._mapping(region).populate(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def punch(self, region: int, first: int, count: int) -> None:
         """Make a run of pages zero and give their memory back. Not a host-side write: marks nothing dirty."""
         self._check_pages(region, first, count)
         if count:
+            self.backed = False
             self._mapping(region).punch(first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def recast(self, memory_map: MemoryMap) -> None:
+        """Lay memory of one region out as another map with one, which is not larger; the rest is given back.
+
+        For memory that was made before its guest was known. Raises `UsageError` for a map that does not fit.
+        """
+        memory_map.check()
+        (old,) = self._map.regions
+        if len(memory_map.regions) != 1 or (new := memory_map.regions[0]).size > old.size:
+            raise UsageError(f"a guest of {memory_map.size} bytes does not fit memory of {old.size}")
+        mapping = self._mappings[old.id]
+        mapping.cut(new.size)
+        self._map, self._mappings = memory_map, {new.id: mapping}
+
+    def empty(self) -> None:
+        """Give all memory back at once, whoever still holds an array over it (and reads zeros from then on)."""
+        self.backed = False
+        for mapping in self._mappings.values():
+            if mapping.fd >= 0:
+                mapping.punch(0, mapping.size)
 
     def locate(self, gpa: int, length: int) -> tuple[Slot, int]:
         """Return the slot that holds ``length`` bytes from guest-physical ``gpa``, and their offset in its region.
@@ -172,3 +195,7 @@ class MemfdMemory(MappedMemory):
     def _view(self, gpa: int, length: int) -> npt.NDArray[np.uint8]:
         slot, offset = self.locate(gpa, length)
         return self.pages(slot.region).reshape(-1)[offset : offset + length]
+
+
+MakeMemory = Callable[[MemoryMap], MemfdMemory]
+"""Makes the memory of a guest that arrives; the caller owns it."""

@@ -78,8 +78,12 @@ class Inbound:
         workers: int = 1,
         max_streams: int = 64,
         on_phase: Callable[[Phase], None] = lambda _: None,
+        admit: Callable[[Hello], None] = lambda _: None,
     ) -> None:
-        """``name`` is what the guest shall be called here; None keeps the source's name."""
+        """``name`` is what the guest shall be called here; None keeps the source's name.
+
+        ``admit`` raises `Refused` for a guest that shall not come here, before anything is made for it.
+        """
         self._protocol = DestinationProtocol()
         self._link = FramedConnection(first, self._protocol)
         self._links = [self._link]
@@ -90,6 +94,7 @@ class Inbound:
         self._workers = workers
         self._max_streams = max_streams
         self._on_phase = on_phase
+        self._admit = admit
         self._built = False
         self.phase = Phase.WAITING
         self.migration = ""
@@ -134,6 +139,7 @@ class Inbound:
         self.hello, self.migration = message, message.migration
         try:
             features = agree(message, FEATURES)
+            self._admit(message)
             identity = await self._guest.build(
                 name=self._name or message.name, machine=message.machine, memory=message.memory
             )

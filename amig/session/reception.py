@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 
+from amig.aio import settle
 from amig.errors import AmigError, HostError, PeerError, UsageError
 from amig.host.hosted import Ended, How
 from amig.host.kvm_machine import KvmMachine
 from amig.host.local import Builder
 from amig.host.relay import Sink
 from amig.host.service import HostService
+from amig.host.stock import MemoryStock
 from amig.session.inbound import Inbound, Phase
 from amig.session.release import RELEASE
 from amig.session.restore import restore
@@ -23,17 +26,21 @@ from amig.transport import Connection, LinkOptions, Listener, listen
 from amig.transport.address import TlsAddress, parse_socket
 from amig.transport.pairing import PairingHost, PairingListener
 from amig.transport.stdio import StdioListener
+from amig.wire.messages import Hello
 
 _log = logging.getLogger(__name__)
 
 
-def builders(service: HostService, *, hugepages: bool = False) -> Mapping[str, Builder]:
-    """Return what builds the machine of an arriving guest, by engine."""
+def builders(service: HostService, stock: MemoryStock, *, dirty_ring: int = 0) -> Mapping[str, Builder]:
+    """Return what builds the machine of an arriving guest, by engine; its memory comes from ``stock``.
+
+    With ``dirty_ring``, bytes of each vCPU's ring, guests are logged that way; simulated ones can't be, and are none.
+    """
     sink = service.console.write
-    return {
-        "kvm": partial(KvmMachine.build_like, hugepages=hugepages, sink=sink),
-        "simulator": partial(SimMachine.build_like, hugepages=hugepages, serial=sink),
-    }
+    kvm = partial(KvmMachine.build_like, make_memory=stock.make, sink=sink, dirty_ring=dirty_ring)
+    if dirty_ring:
+        return {"kvm": kvm}
+    return {"kvm": kvm, "simulator": partial(SimMachine.build_like, make_memory=stock.make, serial=sink)}
 
 
 class Reception:
@@ -53,6 +60,9 @@ class Reception:
     With ``pairing`` (docs/security.md) nothing needs to be set up on either side: `invitation` is an address with a
     secret for one use, to be shown to whoever starts the migration. It admits one source, so one attempt is all there
     is, as with ``once``.
+
+    With ``memory`` so many bytes of guest memory are backed before the address is known, and again after an attempt
+    that used them up. A guest of up to that size is written straight into them; a larger one gets memory as without.
     """
 
     def __init__(
@@ -66,12 +76,18 @@ class Reception:
         pairing: PairingHost | None = None,
         hugepages: bool = False,
         workers: int = 1,
+        memory: int = 0,
+        max_memory: int = 0,
+        dirty_ring: int = 0,
         on_phase: Callable[[Phase], None] = lambda _: None,
         on_failure: Callable[[AmigError], None] = lambda _: None,
+        on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``workers`` threads decompress; ``on_failure`` hears of attempts that failed.
+        """``workers`` threads decompress; ``on_failure`` hears of attempts that failed, ``on_note`` of other news.
 
-        ``link`` has the certificates for ``tls://``, and says whether plain TCP is accepted from elsewhere.
+        ``link`` has the certificates for ``tls://``, and says whether plain TCP is accepted from elsewhere. A guest
+        with more than ``max_memory`` bytes is refused (0: none is); ``dirty_ring`` is the bytes of each vCPU's ring,
+        0 for bitmaps. Raises `UsageError` for sizes that can't be.
         """
         self._where = address
         self._link = link
@@ -79,10 +95,13 @@ class Reception:
         self._name = name
         self._sinks = sinks
         self._once = once or pairing is not None
-        self._hugepages = hugepages
+        self._dirty_ring = dirty_ring
+        self._stock = MemoryStock(ahead=memory, limit=max_memory, hugepages=hugepages, tell=self._note)
         self._workers = workers
         self._on_phase = on_phase
         self._on_failure = on_failure
+        self._on_note = on_note
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: Listener | None = None
         self._serving: asyncio.Task[None] | None = None
         self.service = HostService(name, sinks=sinks)
@@ -102,10 +121,13 @@ class Reception:
         return self.address
 
     async def __aenter__(self) -> Reception:
+        self._loop = asyncio.get_running_loop()
         await self.service.__aenter__()
         try:
+            await self._prepare()
             self._listener = await self._listen()
         except BaseException as error:
+            self._stock.close()
             await self.service.__aexit__(type(error), error, error.__traceback__)
             raise
         self._serving = asyncio.create_task(self._serve(self._listener), name=f"amig-reception-{self._name}")
@@ -120,8 +142,50 @@ class Reception:
         try:
             await asyncio.wait([self._serving])
         finally:
+            self._stock.close()
             await self._listener.close()
             await self.service.__aexit__(kind, error, trace)
+
+    async def _prepare(self) -> None:
+        """Have memory for the next guest backed. Cancelling leaves the rest for the next call."""
+        if not self._stock.ahead:
+            return
+        stop = threading.Event()
+        work = asyncio.ensure_future(asyncio.to_thread(self._stock.prepare, stop))
+        try:
+            await asyncio.shield(work)
+        finally:
+            stop.set()
+            cancelled = await settle(work)
+            work.exception()  # looked at: who was cancelled does not hear of it
+            if cancelled is not None:
+                raise cancelled
+
+    async def _prepare_again(self) -> None:
+        try:
+            await self._prepare()
+        except AmigError as error:
+            self._on_note(f"no memory is prepared for the next guest: {error}")
+
+    async def _accept(self, listener: Listener) -> Connection:
+        """Return the next connection; meanwhile memory is prepared, if the last attempt used it up."""
+        preparing = asyncio.create_task(self._prepare_again())
+        connection: Connection | None = None
+        try:
+            connection = await listener.accept()
+        finally:
+            preparing.cancel()
+            cancelled = await settle(preparing)
+            if cancelled is not None:
+                if connection is not None:
+                    connection.abort()
+                raise cancelled
+        return connection
+
+    def _note(self, text: str) -> None:
+        """Pass a note on, from whatever thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._on_note, text)
 
     async def _listen(self) -> Listener:
         if not isinstance(self._where, str):
@@ -164,7 +228,7 @@ class Reception:
 
     async def _serve(self, listener: Listener) -> None:
         while True:
-            connection = await listener.accept()
+            connection = await self._accept(listener)
             try:
                 await self._attempt(connection, listener)
             except AmigError as error:
@@ -176,15 +240,19 @@ class Reception:
                 await listener.close()
                 return
 
+    def _admit(self, hello: Hello) -> None:
+        self._stock.admit(hello.name, hello.memory, hello.memory_used)
+
     async def _attempt(self, connection: Connection, listener: Listener) -> None:
         inbound = Inbound(
             connection,
             None if isinstance(listener, StdioListener) else listener,
-            self.service.incoming(builders(self.service, hugepages=self._hugepages)),
+            self.service.incoming(builders(self.service, self._stock, dirty_ring=self._dirty_ring)),
             release=RELEASE,
             name=self._name,
             workers=self._workers,
             on_phase=self._on_phase,
+            admit=self._admit,
         )
         try:
             await inbound.run()
@@ -216,7 +284,7 @@ async def receive(
 
 async def restore_here(service: HostService, path: str, *, hugepages: bool = False, workers: int = 1) -> None:
     """Fill the service's guest from a snapshot and run it: all of ``amig run NAME --restore file:PATH``."""
-    incoming = service.incoming(builders(service, hugepages=hugepages))
+    incoming = service.incoming(builders(service, MemoryStock(hugepages=hugepages)))
     hello = await restore(path, incoming, name=service.name, workers=workers)
     await incoming.commit(hello.migration)
     await incoming.run()

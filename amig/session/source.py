@@ -20,6 +20,7 @@ from amig.aio import to_its_end
 from amig.errors import AmigError, ControlError, InDoubt
 from amig.events import Notice, State, StateChanged
 from amig.guest import Guest, Handover, LogStarted, Outcome
+from amig.host.stock import in_use
 from amig.memory import WORD_PAGES
 from amig.policy import Convergence, Limits, Policy
 from amig.session.destination import Destination
@@ -121,6 +122,7 @@ class SourceSession:
                 streams=1 if self._destination.one_way else self._policy.streams,
                 compression=self._policy.compression,
                 clock="freeze",
+                memory_used=min(in_use(self._guest.memory.fds().values()), info.memory.size),
                 amig=self._release,
             )
         )

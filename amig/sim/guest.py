@@ -18,7 +18,7 @@ from amig.dirty.log import KernelLog, LogAbilities
 from amig.errors import GuestError, UsageError, VerifyFailed
 from amig.host import guest_abi as abi
 from amig.host.guest_abi import MAX_CPUS, Bad, Phase
-from amig.host.memory import MemfdMemory
+from amig.host.memory import MakeMemory, MemfdMemory
 from amig.memory import MemoryMap
 from amig.sim.kernel_log import MODERN, SimKernelLog
 from amig.sim.options import SimOptions
@@ -98,7 +98,7 @@ class SimMachine:
         description: bytes,
         memory_map: MemoryMap,
         *,
-        hugepages: bool = False,
+        make_memory: MakeMemory = MemfdMemory,
         abilities: LogAbilities = MODERN,
         serial: Callable[[bytes], None] | None = None,
     ) -> SimMachine:
@@ -107,9 +107,9 @@ class SimMachine:
             raise UsageError("the description of a simulated guest is too long")
         try:
             found = msgspec.msgpack.decode(description, type=_Description)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # text that is no UTF-8, too
             raise UsageError(f"not the description of a simulated guest: {error}") from error
-        memory = MemfdMemory(memory_map, hugepages=hugepages)
+        memory = make_memory(memory_map)
         return cls(memory, found.options, abilities=abilities, serial=serial)
 
     def tsc(self) -> int:
@@ -163,7 +163,7 @@ class SimMachine:
             raise VerifyFailed("the state of a simulated guest is too long")
         try:
             found = msgspec.msgpack.decode(state, type=_State)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # text that is no UTF-8, too
             raise VerifyFailed(f"not the state of a simulated guest: {error}") from error
         if len(found.vcpus) != self.vcpus or not all(
             vcpu.check_state(loaded) for vcpu, loaded in zip(self._vcpus, found.vcpus, strict=True)

@@ -63,6 +63,8 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     compression: Literal["none", "zstd", "auto"] = "none"
     clock: Literal["advance", "freeze"] = "advance"
     """Whether the guest's clock counts the time that it was stopped."""
+    memory_used: Count = 0
+    """Bytes of ``memory`` that held something when the source asked; 0 when it does not know."""
 
 
 class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
