@@ -1,0 +1,1 @@
+"""amig beside QEMU, on the same guest: ``python -m tests.bench.versus_qemu``."""

@@ -1,0 +1,94 @@
+"""amig's side: the commands that a user runs, each a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from amig.children import Child, Place
+from amig.errors import HostError
+from amig.events import Result
+from amig.host.images import image_path
+from tests.bench.scenarios import Mode, Scenario
+
+SOURCE, DESTINATION = "source", "destination"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Both hosts."""
+
+    source: Child
+    destination: Child
+    address: str
+
+
+@asynccontextmanager
+async def hosts(scenario: Scenario, place: Place, *, preallocated: bool) -> AsyncIterator[Pair]:
+    """Run a guest, and a destination that waits for it, for the length of the block. Raises `HostError`."""
+    run = [
+        "run", SOURCE, "--kernel", str(image_path()), "--append", scenario.line, "--memory", str(scenario.memory),
+        "--json", "--lifeline",
+    ]  # fmt: skip
+    receive = ["receive", "tcp://127.0.0.1:0", "--name", DESTINATION, "--once", "--json", "--lifeline"]
+    if preallocated:
+        receive += ["--memory", str(scenario.memory)]
+    async with (
+        Child.started(SOURCE, ["-m", "amig", *run], place) as source,
+        Child.started(DESTINATION, ["-m", "amig", *receive], place) as destination,
+    ):
+        await source.line("event")
+        address = str((await destination.line("listening", timeout=300))["listening"])
+        yield Pair(source=source, destination=destination, address=address)
+
+
+def command(scenario: Scenario, mode: Mode, pair: Pair) -> list[str]:
+    """Return the words of ``amig migrate``."""
+    words = [
+        "migrate", SOURCE, pair.address, "--json", "--downtime", f"{scenario.downtime * 1000:g}ms",
+        "--streams", str(mode.streams or scenario.streams), *mode.words,
+    ]  # fmt: skip
+    if scenario.link is not None:
+        words += ["--bandwidth", str(scenario.link)]
+    return words
+
+
+async def migrate(
+    scenario: Scenario, mode: Mode, pair: Pair, place: Place, joined: Any, *, timeout: float
+) -> tuple[float, float, Result]:
+    """Run the command; returns when it was given and when its migration began (CLOCK_MONOTONIC), and its result.
+
+    ``joined`` is awaited with the process's number as soon as there is one. Raises `HostError` for a command that ends
+    without a result, or not in time.
+    """
+    at = time.monotonic()
+    async with Child.started("migrator", ["-m", "amig", *command(scenario, mode, pair)], place) as migrator:
+        await joined(migrator.process.pid)
+        first = await migrator.line("event")
+        began = first["at"] - time.time() + time.monotonic()
+        line: dict[str, Any] = first
+        deadline = at + timeout
+        while line["event"] != "result":
+            line = await migrator.line("event", timeout=max(0.1, deadline - time.monotonic()))
+        return at, began, msgspec.convert(line, Result)
+
+
+def figures(result: Result, run: dict[str, Any]) -> None:
+    """Put the result into the fields of a `Run`. Raises `HostError` for a migration that failed."""
+    if result.status != "completed":
+        raise HostError(f"{result.status}: {result.error}")
+    run.update(
+        told_s=result.total_ms / 1e3,
+        told_downtime_ms=result.downtime_ms,
+        pages_sent=result.pages.sent,
+        pages_zero=result.pages.zero,
+        bytes_wire=result.bytes.wire,
+        rounds=result.rounds,
+        link_bytes_per_s=result.link_bytes_per_s,
+        window_ms=result.window_ms.p50,
+    )
