@@ -11,6 +11,7 @@ import numpy as np
 from amig.dirty.hub import DirtyLogHub, HubUser
 from amig.guest import GuestInfo, Handover, LogStarted, Outcome, RunState
 from amig.memory import PAGE_SIZE, GuestMemory, MemoryMap, Pages, Region, Slot, Words
+from amig.pieces import Pieces
 from amig.sim.kernel_log import SimKernelLog
 from amig.stages.items import Block, Codec, RoundEnd
 from amig.stages.receive import Landing
@@ -149,12 +150,16 @@ class ModelIncoming:
     def __init__(self, memory_map: MemoryMap | None = None) -> None:
         self.array = ArrayMemory(memory_map) if memory_map else None
         self.calls: list[str] = []
+        self.expected = ""
         self.state = b""
 
     async def build(self, *, name: str, machine: bytes, memory: MemoryMap) -> str:
         self.calls.append("build")
         self.array = ArrayMemory(memory)
         return f"model/{name}"
+
+    async def expect(self, migration: str) -> None:
+        self.expected = migration
 
     def pages(self, region: int) -> Pages:
         assert self.array is not None
@@ -201,7 +206,9 @@ class MemoryLink:
         if self.delay is not None:
             await self.delay()
         self.blocks.append(block)
-        await self.queue.put((block, b"".join(block.data)))
+        data = block.data
+        content = b"".join(data.views()) if isinstance(data, Pieces) else bytes(data or b"")
+        await self.queue.put((block, content))
         return 64 + block.size
 
     async def send_round(self, end: RoundEnd) -> None:
@@ -214,15 +221,15 @@ class MemoryLink:
         if item is None or isinstance(item, RoundEnd):
             return item
         block, content = item
-        views = None
+        pieces = None
         if block.codec is Codec.RAW:
-            views = landing.views(block.round, block.region, block.first, block.pages & ~block.zero)
-        if views is None:
+            pieces = landing.land(block.round, block.region, block.first, block.pages & ~block.zero)
+        if pieces is None:
             view = buffer.reshape(-1).data[: len(content)]
             view[:] = content
-            data: tuple[memoryview, ...] = (view,) if content else ()
+            data = view if content else None
             return replace(block, data=data, size=len(content), buffer=buffer if content else None)
-        for view in views:
+        for view in pieces.views():
             view[:], content = content[: len(view)], content[len(view) :]
         self.landed += 1
-        return replace(block, data=(), size=0, buffer=None)
+        return replace(block, data=None, size=0, buffer=None)

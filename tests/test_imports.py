@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "amig"
 
-CORE = {"bitmap", "errors", "events", "guest", "memory", "policy", "stats", "units", "plan", "fluid", "aio"}
+CORE = {"pieces", "bitmap", "errors", "events", "guest", "memory", "policy", "stats", "units", "plan", "fluid", "aio"}
 """Modules at the top: no I/O, time passed in as a number (``aio`` waits, and does nothing else); of others' they import
 numpy and msgspec only."""
 

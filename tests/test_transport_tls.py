@@ -73,7 +73,7 @@ def test_both_sides_know_one_another_and_speak_nothing_older_than_1_3(run, trust
             assert near.protocol == far.protocol == "amig/1"
             assert len(near.identity) == len(far.identity) == 32
             assert near.identity != far.identity
-            assert not near.gathers
+            assert near.pages is None
 
     run(main())
 

@@ -97,7 +97,7 @@ def test_compressed_data_may_have_any_length_below_the_pages():
 def test_the_widest_and_the_fullest_block_pass():
     wide = describe(65536, [0, 65535], [])
     assert read(wire(wide), 8192).header.span_pages == 65536
-    full = describe(256, range(256), [])
+    full = describe(512, range(512), [])
     assert full.header.data_bytes == limits.MAX_BLOCK_DATA
     zeros = describe(65536, range(65536), range(65536))
     assert read(wire(zeros), 0).header.zero_pages == 65536
@@ -115,7 +115,7 @@ WRONG = {
     "far past the region": ({"first_page": 2**64 - 64}, "leave region 7"),
     "no span": ({"span_pages": 0}, "a span of 0 pages"),
     "too wide": ({"span_pages": 65537}, "a span of 65537 pages"),
-    "too many pages": ({"data_pages": 257, "raw_bytes": 257 * 4096, "data_bytes": 4096}, "257 pages with data"),
+    "too many pages": ({"data_pages": 513, "raw_bytes": 513 * 4096, "data_bytes": 4096}, "513 pages with data"),
     "no pages": ({"data_pages": 0, "zero_pages": 0, "raw_bytes": 0, "data_bytes": 0}, "0 pages with data and 0 zero"),
     "raw size": ({"raw_bytes": 8191}, "8191 once decoded"),
     "bomb": ({"raw_bytes": 2**32 - 1, "codec": Codec.ZSTD}, "once decoded"),
@@ -172,7 +172,7 @@ def test_bitmaps_of_another_length_are_refused():
         {"region": -1},
         {"span_pages": 200},
         {"data_bytes": 8193, "codec": Codec.ZSTD},
-        {"span": 257, "pages": range(257), "zero": []},
+        {"span": 513, "pages": range(513), "zero": []},
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from amig.stages import items
 from amig.wire import limits, messages, states
 from amig.wire.frametype import FrameType
 from amig.wire.states import DestinationState, SourceState, Way
@@ -70,3 +71,8 @@ def test_the_tables_of_states_are_the_documented_ones(title, table, lost, first)
         real = {e: after for e, after in table[state].items() if e.type not in (FrameType.PING, FrameType.PONG)}
         assert said == real, name
         assert not gone or lost[state] == gone.strip("*"), name
+
+
+def test_what_a_sender_makes_and_a_receiver_has_room_for_is_what_the_wire_allows():
+    assert items.BLOCK_PAGES == limits.MAX_BLOCK_PAGES
+    assert items.BLOCK_SPAN == limits.MAX_BLOCK_SPAN

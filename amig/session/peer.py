@@ -111,7 +111,7 @@ class Peer:
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:
         """Return a sink for each connection."""
         self._placed = placed
-        return [StreamSink(link, live=link.connection.gathers) for link in self._links]
+        return [StreamSink(link, live=link.connection.pages is not None) for link in self._links]
 
     async def listen(self) -> None:
         """Handle what comes on the first connection, until cancelled or the handover has ended."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from amig.errors import PeerError
 from amig.memory import MemoryMap, Pages
+from amig.pieces import Pieces
 from amig.stages.items import Block, Codec, RoundEnd
 from amig.stages.receive import Landing
 from amig.transport.framed import FramedConnection
@@ -36,7 +37,9 @@ class StreamSink:
             codec=wire_block.Codec(block.codec),
             data_bytes=block.size,
         )
-        return await self._link.send_block(frame, *block.data, summed=not block.live)
+        if isinstance(block.data, Pieces):
+            return await self._link.send_live_block(frame, block.data)
+        return await self._link.send_block(frame, *(() if block.data is None else (block.data,)))
 
     async def send_round(self, end: RoundEnd) -> None:
         """Say that the round is over on this connection."""
@@ -90,12 +93,14 @@ class StreamSource:
         head = frame.header
         if head.round != self._round:
             raise PeerError(f"the peer sent a block of round {head.round} in round {self._round}")
-        data: tuple[memoryview, ...] = ()
+        data: memoryview | None = None
         if head.data_bytes:
-            views = landing.views(head.round, head.region, head.first_page, frame.with_data) if not head.codec else None
-            if views is None:
-                data = (buffer.reshape(-1).data[: head.data_bytes],)
-            await self._link.read_data(*(views or data))
+            pieces = landing.land(head.round, head.region, head.first_page, frame.with_data) if not head.codec else None
+            if pieces is not None:
+                await self._link.read_data(pieces)
+            else:
+                data = buffer.reshape(-1).data[: head.data_bytes]
+                await self._link.read_data(data)
         self._pages += head.data_pages + head.zero_pages
         return Block(
             round=head.round,
@@ -108,8 +113,8 @@ class StreamSource:
             zero_pages=head.zero_pages,
             codec=Codec(head.codec),
             data=data,
-            size=head.data_bytes if data else 0,
-            buffer=buffer if data else None,
+            size=head.data_bytes if data is not None else 0,
+            buffer=buffer if data is not None else None,
         )
 
     async def _end(self, header: FrameHeader) -> RoundEnd:

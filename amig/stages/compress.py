@@ -12,11 +12,12 @@ from dataclasses import replace
 import zstandard
 
 from amig.memory import GuestMemory, Pages
+from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd, SendEnd
 from amig.stages.codec_choice import CodecChoice
 from amig.stages.items import Block, Chunk, Codec, RoundEnd
-from amig.stages.read import MAX_RUNS, ChunkReader, copy_block
+from amig.stages.read import ChunkReader
 from amig.stats import MigrationStats
 
 
@@ -81,8 +82,8 @@ class Compress:
             self._spare = await self._pool.acquire()
 
     async def _pass_on(self, block: Block) -> None:
-        packing = bool(block.data_pages) and self._choice.compress()
-        if packing or not self._live or len(block.data) > MAX_RUNS:
+        packing = block.data is not None and self._choice.compress()
+        if packing or not self._live:
             block = await self._copy(block)
         if packing:
             loop = asyncio.get_running_loop()
@@ -96,12 +97,12 @@ class Compress:
         buffer = self._spare if self._spare is not None else await self._pool.acquire()
         self._spare = None
         begin = time.monotonic_ns()
-        data = copy_block(block, buffer)
+        data = block.data.copy_to(buffer) if isinstance(block.data, Pieces) else None
         now = time.monotonic_ns()
         self._stats.read_ns += now - begin
         if block.cleared_ns:
             self._stats.window.record(now - block.cleared_ns)
-        return replace(block, data=(data,), buffer=buffer, live=False, cleared_ns=0)
+        return replace(block, data=data, buffer=buffer, cleared_ns=0)
 
     async def _drain(self, leave: int) -> None:
         while len(self._encoding) > leave or (self._encoding and self._encoding[0].done()):
@@ -114,11 +115,12 @@ class Compress:
         compressor = getattr(self._local, "compressor", None)
         if compressor is None:
             compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._choice.level)
-        raw = block.data[0]
+        raw = block.data
+        assert isinstance(raw, memoryview)  # noqa: S101 - it was copied
         packed = compressor.compress(raw)
         took = time.monotonic_ns() - begin
         self._choice.learn(raw=raw.nbytes, packed=len(packed), seconds=took / 1e9)
         self._stats.compress_ns += took
         if len(packed) >= raw.nbytes:
             return block
-        return replace(block, codec=Codec.ZSTD, data=(memoryview(packed),), size=len(packed))
+        return replace(block, codec=Codec.ZSTD, data=memoryview(packed), size=len(packed))

@@ -65,7 +65,8 @@ class Decompress:
         if decompressor is None:
             decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
         expected = block.data_pages * PAGE_SIZE
-        packed = block.data[0]
+        packed = block.data
+        assert isinstance(packed, memoryview)  # noqa: S101 - it came from a connection
         try:
             # Checked before anything is allocated: a few bytes may claim to hold gigabytes.
             if zstandard.frame_content_size(packed) != expected:
@@ -75,4 +76,4 @@ class Decompress:
             raise PeerError(f"a compressed block can't be decompressed: {error}") from error
         if len(raw) != expected:
             raise PeerError(f"a compressed block held {len(raw)} bytes instead of {expected}")
-        return replace(block, codec=Codec.RAW, data=(memoryview(raw),), size=expected)
+        return replace(block, codec=Codec.RAW, data=memoryview(raw), size=expected)

@@ -22,10 +22,14 @@ def is_run(index: PageIndex) -> bool:
 def zero_pages(memory: Pages, index: PageIndex) -> npt.NDArray[np.bool_]:
     """Return, for each page of ``index``, whether all its bytes are zero.
 
-    Most pages that are not zero show it in their first or middle word, so only the others are read whole.
+    Most pages that are not zero show it in their first or their middle word, so only the others are read whole.
     """
     words = memory.view(np.uint64)
-    zero: npt.NDArray[np.bool_] = (words[index, 0] | words[index, PAGE_SIZE // 16]) == 0
+    zero: npt.NDArray[np.bool_] = words[index, 0] == 0
+    if not zero.any():
+        return zero
+    maybe = np.flatnonzero(zero)
+    zero[maybe] = words[index[maybe], PAGE_SIZE // 16] == 0
     maybe = np.flatnonzero(zero)
     for start in range(0, len(maybe), _SCAN_PAGES):
         part = maybe[start : start + _SCAN_PAGES]

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from amig.memory import PAGE_SIZE, Pages, Words
+from amig.pieces import Pieces
 
-BLOCK_PAGES = 256
-"""Most pages of content in a block: 1 MiB."""
+BLOCK_PAGES = 512
+"""Most pages of content in a block: 2 MiB."""
 BLOCK_SPAN = 1 << 16
 """A block lies within one range of so many pages that starts at a multiple of it, so its bitmaps stay within 8 KiB."""
 
@@ -77,16 +78,15 @@ class Block:
     data_pages: int
     zero_pages: int
     codec: Codec
-    data: tuple[memoryview, ...]
-    """Content of the non-zero pages in ascending order, encoded; empty once it has landed in guest memory."""
+    data: memoryview | Pieces | None
+    """Content of the non-zero pages in ascending order: encoded; or where it lies in guest memory, where it may still
+    change, and who copies it out closes the window. None when there is none, or it has landed in guest memory."""
     size: int
     """Bytes in ``data``."""
     buffer: Pages | None = None
     """The pool's buffer that ``data`` lies in, to be released when it has been used."""
-    live: bool = False
-    """``data`` is guest memory itself: it may still change, and who copies it out closes the window."""
     cleared_ns: int = 0
-    """With ``live``, on the last block of a chunk: when its clear began."""
+    """On the last block of a chunk as long as it is not copied: when the chunk's clear began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,11 @@ import numpy as np
 from amig import bitmap
 from amig.guest import Incoming
 from amig.memory import PAGE_SIZE, WORD_PAGES, Pages, Region, Words
+from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.gather import is_run, runs
 from amig.stages.items import Block, RoundEnd
-
-MAX_RUNS = 512
-"""Pieces up to which a block's content is received straight to its place; the kernel fills 1024 at a time."""
 
 MAX_POPULATED = 16
 """Runs of fresh pages in a block up to which they are backed by one call each before their data comes."""
@@ -44,7 +42,6 @@ class Place:
         self._on_round = on_round
         self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
         self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
-        self._flat = {region: memory.reshape(-1).data for region, memory in self._memory.items()}
         self._rounds = 0
         self.pages_placed = 0
         self.pages_zero = 0
@@ -60,16 +57,12 @@ class Place:
             if item.buffer is not None:
                 self._pool.release(item.buffer)
 
-    def views(self, round_: int, region: int, first: int, fresh: Words) -> list[memoryview] | None:
+    def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """See `amig.stages.receive.Landing`: yes, once nothing of an older round waits to be placed over it."""
         if round_ != self._rounds:
             return None
-        flat = self._flat[region]
-        pieces = runs(bitmap.to_pages(fresh, first))
-        if len(pieces) > MAX_RUNS:
-            return None
         self._back(region, first, fresh)
-        return [flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in pieces]
+        return Pieces(self._memory[region], bitmap.to_pages(fresh, first))
 
     def _back(self, region: int, first: int, fresh: Words) -> None:
         """Have fresh memory backed run by run, where there are few."""
@@ -92,9 +85,10 @@ class Place:
             placed &= ~stale
         if block.data_pages:
             fresh = block.pages & ~block.zero
-            if block.data:
+            if block.data is not None:
+                assert isinstance(block.data, memoryview)  # noqa: S101 - what has landed has none
                 index = bitmap.to_pages(fresh, block.first)
-                content = np.frombuffer(block.data[0], np.uint8).reshape(-1, PAGE_SIZE)
+                content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
                 if is_run(index):
                     memory[index[0] : index[-1] + 1] = content
                 else:

@@ -10,12 +10,10 @@ import numpy.typing as npt
 
 from amig import bitmap
 from amig.memory import PAGE_SIZE, GuestMemory, Words
-from amig.stages.gather import block_edges, runs, zero_pages
+from amig.pieces import Pieces
+from amig.stages.gather import block_edges, zero_pages
 from amig.stages.items import BLOCK_SPAN, Block, Chunk, Codec, PageIndex
 from amig.stats import MigrationStats
-
-MAX_RUNS = 512
-"""Runs of pages up to which a block is sent from where it lies; the kernel takes 1024 pieces at a time."""
 
 
 class ChunkReader:
@@ -24,7 +22,6 @@ class ChunkReader:
     def __init__(self, memory: GuestMemory, stats: MigrationStats) -> None:
         self._memory = memory
         self._stats = stats
-        self._flat: dict[int, memoryview] = {}
 
     def blocks(self, chunk: Chunk) -> Iterator[Block]:
         """Yield the chunk's blocks, live; the last one carries the time of the clear."""
@@ -76,10 +73,6 @@ class ChunkReader:
             content, zero = index[~empty], bitmap.from_pages(index[empty] - first, span)
         else:
             content, zero = index, bitmap.zeros(span)
-        flat = self._flat.get(region)
-        if flat is None:
-            flat = self._flat[region] = self._memory.pages(region).reshape(-1).data
-        data = tuple([flat[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in runs(content)])
         return Block(
             round=chunk.extent.round,
             region=region,
@@ -90,18 +83,7 @@ class ChunkReader:
             data_pages=len(content),
             zero_pages=len(index) - len(content),
             codec=Codec.RAW,
-            data=data,
+            data=Pieces(self._memory.pages(region), content) if len(content) else None,
             size=len(content) * PAGE_SIZE,
-            live=True,
             cleared_ns=chunk.cleared_ns if last else 0,
         )
-
-
-def copy_block(block: Block, buffer: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> memoryview:
-    """Copy a live block's content into ``buffer`` and return that part."""
-    target = buffer.reshape(-1).data
-    at = 0
-    for view in block.data:
-        target[at : at + view.nbytes] = view
-        at += view.nbytes
-    return target[:at]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from amig.memory import Pages, Words
+from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import SendEnd
 from amig.stages.items import Block, RoundEnd
@@ -15,7 +16,7 @@ from amig.stages.items import Block, RoundEnd
 class Landing(Protocol):
     """Where raw content may be received to without a stop in between."""
 
-    def views(self, round_: int, region: int, first: int, fresh: Words) -> list[memoryview] | None:
+    def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """Return the guest memory of the pages whose bits are set, bit 0 being page ``first``; None for "not now"."""
 
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from amig.pieces import Pieces
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+class PageMover(Protocol):
+    """A connection whose bytes the kernel copies straight from, and to, where they lie."""
+
+    async def send_pieces(self, head: bytes, pieces: Pieces) -> None:
+        """As `Connection.send`, of ``head`` and then of memory that a guest may be writing to."""
+
+    async def recv_pieces(self, pieces: Pieces) -> None:
+        """As `Connection.recv_into`."""
 
 
 class Connection(Protocol):
     """A byte stream to one peer. One task may send while another receives; two may not do the same at once."""
 
     @property
-    def gathers(self) -> bool:
-        """Whether ``send`` reads each buffer once, so that one which changes meanwhile does no harm: no TLS, no sum."""
+    def pages(self) -> PageMover | None:
+        """How to move guest memory without looking at it; None where it has to be (TLS, a file)."""
 
     @property
     def peer(self) -> str:

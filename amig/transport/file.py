@@ -42,9 +42,9 @@ class _File:
         self._closed = False
 
     @property
-    def gathers(self) -> bool:
-        """No: what is to be written is put together first."""
-        return False
+    def pages(self) -> None:
+        """None: what is to be written is put together first."""
+        return
 
     @property
     def peer(self) -> str:

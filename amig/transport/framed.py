@@ -15,10 +15,12 @@ A frame is read in steps, each of a size that was checked before anything is all
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from amig.errors import PeerError
 from amig.memory import MemoryMap
+from amig.pieces import Pieces
 from amig.transport.base import Connection
 from amig.wire import block as blocks
 from amig.wire import frames, messages, state
@@ -64,24 +66,37 @@ class FramedConnection:
         await self._send(kind, *frames.frame(kind, payload))
         return HEADER_SIZE + len(payload)
 
-    async def send_block(self, block: BlockFrame, *data: Buffer, summed: bool = True) -> int:
+    async def send_block(self, block: BlockFrame, *data: Buffer) -> int:
         """Send a block whose data are these buffers, gathered in order, and return its bytes on the wire.
 
-        ``summed=False`` when they are live guest memory: the guest may write between the checksum's read and the
-        kernel's copy. The buffers may be reused once this has returned.
+        The buffers may be reused once this has returned.
         """
         head = block.header
-        size = sum([memoryview(d).nbytes for d in data]) if len(data) != 1 else memoryview(data[0]).nbytes
+        size = sum([memoryview(d).nbytes for d in data])
         if size != head.data_bytes:
             raise ValueError(f"a block of {head.data_bytes} bytes of data with {size} bytes of data")
-        fixed = blocks.encode_header(head)
-        flags = 0 if summed else UNSUMMED_DATA
-        bitmaps = (block.pages.data, block.zero.data)
-        length = head.payload_bytes
-        total = frames.checksum(FrameType.BLOCK, length, fixed, *bitmaps, *(data if summed else ()), flags=flags)
-        header = frames.encode_header(FrameType.BLOCK, length, total, flags)
-        await self._send(FrameType.BLOCK, header + fixed, *bitmaps, *data)
-        return HEADER_SIZE + length
+        start = _block_start(block, *data)
+        await self._send(FrameType.BLOCK, start, *data)
+        return HEADER_SIZE + head.payload_bytes
+
+    async def send_live_block(self, block: BlockFrame, pieces: Pieces) -> int:
+        """As `send_block`, of guest memory as it lies: over connections that move pages only.
+
+        Header and bitmaps are summed, the data not: the guest may write between the checksum's read and the kernel's
+        copy.
+        """
+        head = block.header
+        if pieces.nbytes != head.data_bytes:
+            raise ValueError(f"a block of {head.data_bytes} bytes of data with {pieces.nbytes} bytes of data")
+        mover = self.connection.pages
+        if mover is None:
+            raise RuntimeError(f"the connection to {self.peer} has to look at what it sends")
+        start = _block_start(block, flags=UNSUMMED_DATA)
+        async with self._turn:
+            if self.protocol is not None:
+                self.protocol.sent(FrameType.BLOCK)
+            await mover.send_pieces(start, pieces)
+        return HEADER_SIZE + head.payload_bytes
 
     async def send_state(self, content: bytes) -> int:
         """Send device and vCPU state in as many frames as it takes, and return their bytes on the wire."""
@@ -144,22 +159,27 @@ class FramedConnection:
             self._frame = None
         return block
 
-    async def read_data(self, *views: Buffer) -> None:
-        """Fill ``views``, ``data_bytes`` long in all, with the data of the block read last, and verify the checksum.
+    async def read_data(self, data: Buffer | Pieces) -> None:
+        """Fill ``data``, ``data_bytes`` long, with the data of the block read last, and verify the checksum.
 
         The memory has been written when a damaged block raises `PeerError`.
         """
         frame, block, total = self._frame, self._block, self._sum
         if frame is None or block is None or total is None:
             raise RuntimeError("no block's data is to be read")
-        size = sum([memoryview(v).nbytes for v in views])
+        size = data.nbytes if isinstance(data, Pieces) else memoryview(data).nbytes
         if size != block.header.data_bytes:
             raise ValueError(f"{size} bytes of memory for {block.header.data_bytes} bytes of data")
-        await self.connection.recv_into(*views)
-        if frame.data_is_summed:
-            for view in views:
-                total.update(view)
-            frames.verify(frame, total.value())
+        mover = self.connection.pages
+        if isinstance(data, Pieces) and mover is not None and not frame.data_is_summed:
+            await mover.recv_pieces(data)
+        else:
+            views: Sequence[Buffer] = data.views() if isinstance(data, Pieces) else (data,)
+            await self.connection.recv_into(*views)
+            if frame.data_is_summed:
+                for view in views:
+                    total.update(view)
+                frames.verify(frame, total.value())
         self._frame = self._block = self._sum = None
 
     async def skip_data(self) -> None:
@@ -198,3 +218,11 @@ class FramedConnection:
     def _expect(self, header: FrameHeader) -> None:
         if header is not self._frame or self._block is not None:
             raise RuntimeError("read_header comes first, then the payload of that very frame")
+
+
+def _block_start(block: BlockFrame, *summed: Buffer, flags: int = 0) -> bytes:
+    """Return all of a block's frame that comes before its data; the checksum covers ``summed``, too."""
+    length = block.header.payload_bytes
+    own = b"".join((blocks.encode_header(block.header), block.pages.data, block.zero.data))
+    total = frames.checksum(FrameType.BLOCK, length, own, *summed, flags=flags)
+    return frames.encode_header(FrameType.BLOCK, length, total, flags) + own

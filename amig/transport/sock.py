@@ -12,16 +12,17 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from amig.errors import LinkLost
+from amig.pieces import Pieces
+from amig.transport.base import PageMover
+from amig.transport.vectors import IOV_MAX, Transfer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-IOV_MAX: Final = 1024
-"""Buffers that one sendmsg or recvmsg takes (Linux, UIO_MAXIOV)."""
 YIELD_BYTES: Final = 2 << 20
 """Bytes moved without waiting after which other tasks get a turn."""
 YIELD_CALLS: Final = 64
@@ -52,9 +53,9 @@ class SocketConnection:
         self._calls = YIELD_CALLS
 
     @property
-    def gathers(self) -> bool:
-        """Yes: the kernel copies each buffer from where it lies."""
-        return True
+    def pages(self) -> PageMover | None:
+        """The connection itself."""
+        return self
 
     @property
     def peer(self) -> str:
@@ -78,40 +79,28 @@ class SocketConnection:
 
     async def send(self, *buffers: Buffer) -> None:
         """Send all buffers, gathered in order; see `Connection.send`."""
-        if self._sending:
-            raise RuntimeError("two tasks send on one connection at the same time")
-        self._usable(self._send_broken)
-        self._sending = True
-        before = self._sent
-        try:
+        with self._turn_to_send():
             for at in range(0, len(buffers), IOV_MAX):
                 await self._send_some(list(buffers[at : at + IOV_MAX]))
-        except BaseException:
-            if self._sent != before:
-                self._send_broken = self._send_broken or "a message to it was cut off"
-            raise
-        finally:
-            self._sending = False
+
+    async def send_pieces(self, head: bytes, pieces: Pieces) -> None:
+        """Send ``head`` and then pages from where they lie; see `Connection.send_pieces`."""
+        with self._turn_to_send():
+            await self._send_vectors(Transfer(pieces.vectors, head))
 
     async def recv_into(self, *views: Buffer) -> None:
         """Fill all views, in order and to the last byte; see `Connection.recv_into`."""
-        if self._receiving:
-            raise RuntimeError("two tasks receive on one connection at the same time")
-        self._usable(self._recv_broken)
-        self._receiving = True
-        before = self._received
-        try:
+        with self._turn_to_receive():
             if len(views) == 1:
                 await self._fill(_flat(views[0]))
             else:
                 for at in range(0, len(views), IOV_MAX):
                     await self._scatter([_flat(v) for v in views[at : at + IOV_MAX]])
-        except BaseException:
-            if self._received != before:
-                self._recv_broken = self._recv_broken or "a message from it was cut off"
-            raise
-        finally:
-            self._receiving = False
+
+    async def recv_pieces(self, pieces: Pieces) -> None:
+        """Fill pages where they lie, to the last byte; see `Connection.recv_pieces`."""
+        with self._turn_to_receive():
+            await self._recv_vectors(Transfer(pieces.vectors))
 
     def outstanding(self) -> int | None:
         """Bytes sent that the peer's kernel has not acknowledged (TCP_INFO); None for a unix socket."""
@@ -154,6 +143,64 @@ class SocketConnection:
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_exception(self._gone(closed))
+
+    @contextlib.contextmanager
+    def _turn_to_send(self) -> Iterator[None]:
+        if self._sending:
+            raise RuntimeError("two tasks send on one connection at the same time")
+        self._usable(self._send_broken)
+        self._sending = True
+        before = self._sent
+        try:
+            yield
+        except BaseException:
+            if self._sent != before:
+                self._send_broken = self._send_broken or "a message to it was cut off"
+            raise
+        finally:
+            self._sending = False
+
+    @contextlib.contextmanager
+    def _turn_to_receive(self) -> Iterator[None]:
+        if self._receiving:
+            raise RuntimeError("two tasks receive on one connection at the same time")
+        self._usable(self._recv_broken)
+        self._receiving = True
+        before = self._received
+        try:
+            yield
+        except BaseException:
+            if self._received != before:
+                self._recv_broken = self._recv_broken or "a message from it was cut off"
+            raise
+        finally:
+            self._receiving = False
+
+    async def _send_vectors(self, transfer: Transfer) -> None:
+        while transfer.left:
+            try:
+                self._sent += transfer.write(self._out_fd)
+            except BlockingIOError:
+                await self._writable()
+            except OSError as err:
+                self._send_broken = self._send_broken or _why(err)
+                raise self._gone(self._send_broken) from err
+        await self._breathe(transfer.size)
+
+    async def _recv_vectors(self, transfer: Transfer) -> None:
+        while transfer.left:
+            try:
+                came = transfer.read(self._fd)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            except OSError as err:
+                self._recv_broken = self._recv_broken or _why(err)
+                raise self._gone(self._recv_broken) from err
+            if not came:
+                raise self._ended(transfer.size - transfer.left, transfer.size)
+            self._received += came
+        await self._breathe(transfer.size)
 
     async def _send_some(self, buffers: list[Buffer]) -> None:
         left = sum([memoryview(b).nbytes for b in buffers])

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from amig.errors import LinkLost, MigrationError, PeerError, Untrusted
+from amig.transport.base import PageMover
 from amig.transport.sock import SocketConnection
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class TlsConnection(SocketConnection):
         self._identity = b""
 
     @property
-    def gathers(self) -> bool:
-        """No: what is encrypted must hold still."""
-        return False
+    def pages(self) -> PageMover | None:
+        """None: what is encrypted must hold still."""
+        return None
 
     @property
     def identity(self) -> bytes:

@@ -31,7 +31,7 @@ MAX_STATE: Final = 32 * MIB
 MAX_STATE_PART: Final = 1 * MIB
 """Bytes of state in one STATE frame."""
 
-MAX_BLOCK_PAGES: Final = 256
+MAX_BLOCK_PAGES: Final = 512
 """Pages with data in one block."""
 
 MAX_BLOCK_DATA: Final = MAX_BLOCK_PAGES * PAGE_SIZE
