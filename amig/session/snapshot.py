@@ -12,6 +12,7 @@ from amig.stages.items import RoundEnd
 from amig.stages.send import BlockSink
 from amig.transport.file import FileWriter, create
 from amig.transport.framed import FramedConnection
+from amig.transport.partial import check_space
 from amig.wire.messages import End, Hello
 from amig.wire.states import SnapshotWriterProtocol
 
@@ -28,7 +29,9 @@ class SnapshotFile:
         self._link: FramedConnection | None = None
 
     async def open(self, hello: Hello) -> str:
-        """Create the partial file and write what the guest is."""
+        """Create the partial file and write what the guest is; raises `SnapshotError` where it can't fit."""
+        if hello.compression == "none":  # else nobody knows before how much it will be
+            await asyncio.to_thread(check_space, self._path, hello.memory_used)
         self._writer = await create(self._path)
         self._link = FramedConnection(self._writer, SnapshotWriterProtocol())
         await self._link.send_message(hello)

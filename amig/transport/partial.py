@@ -10,6 +10,7 @@ import stat
 from typing import Final
 
 from amig.errors import SnapshotError
+from amig.units import format_size
 
 PARTIAL: Final = ".partial"
 """Stands behind the name of the snapshot."""
@@ -44,6 +45,23 @@ def open_partial(path: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def check_space(path: str, size: int) -> None:
+    """Raise `SnapshotError` when ``size`` bytes do not fit beside ``path``; a figure of this moment.
+
+    A file system that tells no sizes, or where none can be asked, passes: writing will show.
+    """
+    try:
+        found = os.statvfs(os.path.dirname(path) or ".")
+    except OSError:
+        return
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and free < size:
+        raise SnapshotError(
+            f"can't write the snapshot {path}: {format_size(size)} of the guest's memory are in use and "
+            f"{format_size(free)} are free there; free some, choose another place, or try --compression zstd"
+        )
 
 
 def names(path: str, descriptor: int) -> bool:
