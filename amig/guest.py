@@ -155,6 +155,12 @@ class Incoming(Protocol):
     async def build(self, *, name: str, machine: bytes, memory: MemoryMap) -> str:
         """Make memory and machine, or raise `Refused` with the reason; returns the identity to tell the source."""
 
+    async def expect(self, migration: str) -> None:
+        """Put on record, durably, that this migration arrives, so that a question for it can be answered later.
+
+        Comes after ``build`` and before the source is welcomed. Raises `ControlError` for one that was here before.
+        """
+
     def pages(self, region: int) -> Pages:
         """Writable memory of a region."""
 

@@ -82,7 +82,13 @@ def test_with_its_host_gone_the_record_is_settled_and_nothing_starts_before(opti
     record = Records().source("a")
     assert record is not None
     assert record.state is state
-    assert amig("resolve", "a", option).code == errors.HostError.exit_code
+    if option == "--discard":  # it runs elsewhere: booted here, there would be two of it
+        assert amig("resolve", "a", option).code == errors.HostError.exit_code
+        second = amig("run", "a", *SIMULATED)
+        assert second.code == errors.HostError.exit_code
+        assert "moved to tcp://far:7000" in second.err
+        ok("resolve", "a", "--run-here")
+    assert amig("resolve", "a", "--run-here").code == errors.HostError.exit_code
     with running("a"):
         assert ok("status", "a").code == 0
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from amig.errors import ControlError, HostError, UsageError
 from amig.guest import Handover, Outcome
-from amig.host.handover import Records
+from amig.host.handover import KEPT, ArrivalRecord, Records
 from amig.host.record import SIZE, SLOT, BadRecord, Record, RecordFile, RecordState, decode_slot, encode_slot, state_dir
 
 ID = "0123456789abcdef" * 2
@@ -253,21 +255,121 @@ def test_running_is_said_once_and_for_all(tmp_path: Path) -> None:
     assert records.outcome(ID) is Outcome.RUNNING
     late = records.arriving("web1")
     with pytest.raises(ControlError) as caught:
-        late.discard(ID)
-    assert caught.value.code == "wrong-state"
+        late.expect(ID)
+    assert caught.value.code == "wrong-migration"
     late.close()
     assert records.outcome(ID) is Outcome.RUNNING
     assert os.listdir(records.root) == [f"{ID}.destination"]
 
 
-def test_what_never_ran_never_will_once_somebody_has_asked(tmp_path: Path) -> None:
+def test_what_arrives_never_runs_once_somebody_has_asked(tmp_path: Path) -> None:
     records = Records(tmp_path)
     arrival = records.arriving("web1")
+    arrival.expect(ID)
     assert records.outcome(ID) is Outcome.DISCARDED
-    with pytest.raises(ControlError):
+    with pytest.raises(ControlError) as caught:
         arrival.run(ID)
+    assert caught.value.code == "wrong-state"
+    arrival.discard(ID)
     arrival.close()
     assert records.outcome(ID) is Outcome.DISCARDED
+
+
+def test_nothing_is_said_of_what_was_never_here(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    arrival = records.arriving("web1")
+    assert records.outcome(ID) is None
+    arrival.run(ID)
+    assert records.outcome(ID) is Outcome.RUNNING
+    arrival.close()
+
+
+def test_what_its_host_did_not_live_to_decide_is_decided_by_the_question(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    arrival = records.arriving("web1")
+    arrival.expect(ID)
+    arrival.close()  # as a killed process does, by the way
+    again = records.arriving("web1")
+    assert os.listdir(records.root).count(f"{ID}.destination") == 1
+    assert records.outcome(ID) is Outcome.DISCARDED
+    again.close()
+
+
+def test_of_many_who_decide_at_once_one_is_right(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    for number in range(20):
+        migration = f"{number:032x}"
+        arrival = records.arriving("web1")
+        arrival.expect(migration)
+        ran: list[bool] = []
+
+        def run(arrival: ArrivalRecord = arrival, migration: str = migration, ran: list[bool] = ran) -> None:
+            try:
+                arrival.run(migration)
+            except ControlError:
+                ran.append(False)
+            else:
+                ran.append(True)
+
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(records.outcome, migration) for _ in range(3)]
+            pool.submit(run).result()
+            said = {future.result() for future in asked}
+        assert said == {Outcome.RUNNING if ran[0] else Outcome.DISCARDED}
+        arrival.close()
+
+
+def test_an_answer_that_the_source_has_is_not_kept(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    arrival = records.arriving("web1")
+    arrival.expect(ID)
+    records.settled(ID)
+    assert records.outcome(ID) is Outcome.DISCARDED, "an undecided one is not settled"
+    arrival.close()
+    records.settled(ID)
+    records.settled(ID)
+    assert os.listdir(records.root) == []
+
+
+def test_leftovers_and_old_answers_are_tidied_away(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.arriving("web1")._file.close()
+    records.arriving("web2")._file.close()
+    for migration in (ID, "f" * 32):
+        arrival = records.arriving("web3")
+        arrival.run(migration)
+        arrival.close()
+    long_ago = time.time() - KEPT - 1
+    os.utime(records.destination_path(ID), (long_ago, long_ago))
+    arrival = records.arriving("web1")
+    arrival.close()
+    left = os.listdir(records.root)
+    assert [name.split(".")[0] for name in sorted(left)] == ["f" * 32, "web2"]
+
+
+def test_a_guest_that_moved_away_is_not_booted_again_but_may_come_back(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    handover = records.prepare("web1", HANDOVER)
+    handover.commit()
+    handover.settle(Outcome.RUNNING)
+    handover.close()
+    records.check_may_boot("web1")
+    with pytest.raises(HostError, match=r"moved to tcp://far:7000.*resolve web1 --run-here"):
+        records.check_may_start_anew("web1")
+    records.came_back("web1")
+    records.check_may_start_anew("web1")
+
+
+def test_an_operator_may_say_that_it_does_not_run_there_any_more(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    handover = records.prepare("web1", HANDOVER)
+    handover.commit()
+    handover.settle(Outcome.RUNNING)
+    handover.close()
+    with pytest.raises(HostError):
+        records.resolve("web1", Outcome.RUNNING)
+    assert records.resolve("web1", Outcome.DISCARDED).state is RecordState.RETURNED
+    records.check_may_start_anew("web1")
 
 
 @pytest.mark.parametrize("migration", ["", "x" * 32, "../" + ID, ID.upper(), ID + "0"])

@@ -299,6 +299,8 @@ async def test_a_destination_that_was_asked_too_early_does_not_run_it() -> None:
     async with HostService("web2") as service:
         incoming = service.incoming({"fake": build})
         await fill(incoming)
+        assert Records().outcome(ID) is None
+        await incoming.expect(ID)
         assert Records().outcome(ID) is Outcome.DISCARDED
         with pytest.raises(ControlError):
             await incoming.commit(ID)

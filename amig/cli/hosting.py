@@ -18,7 +18,10 @@ from amig.errors import ControlError, InDoubt, UsageError
 from amig.host.console import SerialChoice, SerialKind, SerialOutput
 from amig.host.detach import FIRST_DESCRIPTOR, READY_FD, Ready, ReadyPipe, log_path, start_detached
 from amig.host.hosted import Ended, How
+from amig.host.record import RecordState
 from amig.host.service import HostService
+from amig.session.doubt import settle_record, watching
+from amig.transport import LinkOptions
 from amig.transport.stdio import DESCRIPTORS
 
 EXIT_INTERRUPTED = 130
@@ -56,11 +59,15 @@ def serial_choice(words: str, *, json: bool, detach: bool, lifeline: bool) -> Se
 class Host:
     """A host in the foreground: what happens around its service."""
 
-    def __init__(self, name: str, serial: SerialChoice, *, json: bool, lifeline: bool) -> None:
+    def __init__(
+        self, name: str, serial: SerialChoice, *, json: bool, lifeline: bool, link: LinkOptions | None = None
+    ) -> None:
+        """``link`` is how the destination of a handover in doubt is asked."""
         self.name = name
         self.json = json
         self._serial = serial
         self._lifeline = lifeline
+        self._link = link or LinkOptions()
         self._pipe = ReadyPipe.from_environment()
         self._ended_by: signal.Signals | None = None
         self._output: SerialOutput | None = None
@@ -75,6 +82,17 @@ class Host:
     def sinks(self) -> tuple[SerialOutput, ...]:
         """For the service."""
         return () if self._output is None else (self._output,)
+
+    async def ask_first(self) -> None:
+        """Settle a handover that an earlier host of this name has left in doubt; raises `HostError` where that fails.
+
+        Never starts anything: what may be started is another question.
+        """
+        record = await settle_record(self.name, self._link)
+        if record is not None:
+            runs = "runs it" if record.state is RecordState.RELEASED else "will never run it"
+            text = f"{self.name} was handed over to {record.destination} before its host ended: that side {runs}"
+            self.say(text, {"event": "doubt", "text": text})
 
     def say(self, text: str, value: object) -> None:
         """Tell people or programs, without disturbing the guest's own output."""
@@ -172,9 +190,17 @@ class Host:
         return 0
 
     async def until_end(self, service: HostService) -> Ended:
-        """Wait for the guest's end. Raises `InDoubt` when we are told to end while a handover is in doubt."""
+        """Wait for the guest's end; ask where it runs when that is in doubt and nobody else can.
+
+        Raises `InDoubt` when we are told to end while a handover is in doubt.
+        """
+
+        def tell(text: str) -> None:
+            self.say(text, {"event": "doubt", "text": text})
+
         try:
-            return await service.ended()
+            async with watching(service.hosted, self._link, tell):
+                return await service.ended()
         except asyncio.CancelledError:
             doubt = service.hosted.in_doubt
             if doubt is None:

@@ -161,7 +161,7 @@ def receive(
             say.result(ready.info["text"])
         return
     logging.getLogger("amig.session.reception").setLevel(logging.ERROR)  # we tell of failed attempts ourselves
-    host = Host(name, choice, json=json, lifeline=lifeline)
+    host = Host(name, choice, json=json, lifeline=lifeline, link=link)
     raise typer.Exit(run_loop(_receive(host, request)))
 
 
@@ -198,6 +198,7 @@ async def _receive(host: Host, request: Request) -> int:
         host.say(f"{host.name}: {text}", {"event": "notice", "text": text})
 
     async def body() -> int:
+        await host.ask_first()
         if request.dirty_ring:
             check_dirty_ring(request.dirty_ring)
         pairing = None if request.pair_for is None else PairingHost(lasts=request.pair_for)

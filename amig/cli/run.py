@@ -182,7 +182,8 @@ def run(
         else:
             say.result(ready.info.get("text", name))
         return
-    code = run_loop(_host(Host(name, choice, json=json, lifeline=lifeline), request))
+    link = options.link(insecure=False, cert=None, key=None, ca=None)
+    code = run_loop(_host(Host(name, choice, json=json, lifeline=lifeline, link=link), request))
     raise typer.Exit(code)
 
 
@@ -190,6 +191,7 @@ async def _host(host: Host, request: Request) -> int:
     from amig.host.service import HostService
 
     async def body() -> int:
+        await host.ask_first()
         async with HostService(host.name, sinks=host.sinks) as service, host.keys(service):
             await _start(service, request)
             _announce(host, service, request)

@@ -50,6 +50,8 @@ class HostedGuest:
         self.reason = ""
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self.on_change: Callable[[], None] = lambda: None
+        self.forsaken = asyncio.Event()
+        """Set while a handover is in doubt and whoever committed it has gone: nobody but us can find out."""
         self._phase = RunState.INCOMING
         self._turn = asyncio.Lock()
         self._machine: Machine | None = None
@@ -371,6 +373,7 @@ class HostedGuest:
                 known = record.handover.migration
                 raise ControlError(f"guest {self.name} was handed over by migration {known}", code="wrong-migration")
             await self.vm.call(self._release, record, outcome)
+            self.forsaken.clear()
             if outcome is Outcome.RUNNING:
                 self.end_migration(owner, "completed")
                 moved = f"moved to {record.handover.destination}"
@@ -391,6 +394,7 @@ class HostedGuest:
         """Undo what the owner did, unless it committed: its claim, its record, its pause."""
         async with self._turn:
             if self._phase is RunState.COMMITTED and self._prepared is not None and self._prepared[0] is owner:
+                self.forsaken.set()
                 return
             self.end_migration(owner, "failed", "the migrator left before it was done")
             try:

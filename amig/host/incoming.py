@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Mapping
 
@@ -42,7 +43,7 @@ class LocalIncoming:
         try:
             memory.check()
             envelope = msgspec.msgpack.decode(machine, type=MachineEnvelope)
-        except (msgspec.DecodeError, UsageError) as error:
+        except (ValueError, RecursionError, UsageError) as error:  # text that is no UTF-8, too
             raise Refused(f"the description of guest {name} makes no sense here: {error}") from None
         builder = self._builders.get(envelope.engine)
         if builder is None:
@@ -75,6 +76,12 @@ class LocalIncoming:
             raise Refused("the machine was built with another memory layout")
         await self._hosted.adopt(built)
         return built
+
+    async def expect(self, migration: str) -> None:
+        """See `amig.guest.Incoming.expect`."""
+        if self._record is None or self._over:
+            raise ControlError("nothing was built that could arrive", code="wrong-state")
+        await self._hosted.vm.call(self._record.expect, migration)
 
     def pages(self, region: int) -> Pages:
         """See `amig.guest.Incoming.pages`."""
@@ -114,16 +121,26 @@ class LocalIncoming:
             raise ControlError("run without commit", code="wrong-state")
         await self._hosted.start(paused=self._paused)
         self._over = True
+        with contextlib.suppress(AmigError, OSError):  # it only keeps what boots, and amig resolve settles it
+            await self._hosted.vm.call(self._hosted.records.came_back, self._hosted.name)
         await self._forget(keep_machine=True)
 
     async def discard(self, migration: str) -> None:
-        """See `amig.guest.Incoming.discard`; refused with ``wrong-state`` once committed. Idempotent."""
-        if self._record is not None and self._loaded:
-            await self._hosted.vm.call(self._record.discard, migration)
-        elif self._over:
+        """See `amig.guest.Incoming.discard`; refused with ``wrong-state`` once committed. Idempotent.
+
+        When the record can't be written the guest is let go of all the same: it is decided when the source asks.
+        """
+        record = self._record
+        if record is not None and record.published == "running":
+            raise ControlError(f"migration {migration} is already running here", code="wrong-state")
+        if self._over and record is None:
             return
         self._over = True
-        await self._forget()
+        try:
+            if record is not None:
+                await self._hosted.vm.call(record.discard if self._loaded else _abandon(record), migration)
+        finally:
+            await self._forget()
 
     async def _forget(self, *, keep_machine: bool = False) -> None:
         record, self._record = self._record, None

@@ -3,13 +3,14 @@
 A record is a file of two slots of 4096 bytes. Each write goes to the slot that does not hold the newest record, so a
 torn write leaves the one before it. A slot is a header (magic, version, body length, sequence number, checksum) and a
 msgpack body. A source's record is named for the guest, a destination's for the migration. Files are preallocated before
-anything depends on them: COMMIT is one write and one fdatasync, and can't fail for want of space.
+anything depends on them: COMMIT and RUNNING are one write and one fdatasync, and can't fail for want of space.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import os
 import stat
 import struct
@@ -44,7 +45,7 @@ class RecordState(enum.StrEnum):
     RETURNED = "returned"
     """Source: the destination will never run it; the guest is ours again."""
     ARRIVING = "arriving"
-    """Destination: the file is there; nothing has been promised."""
+    """Destination: it is being received; whoever asks for it now makes it DISCARDED."""
     RUNNING = "running"
     """Destination: we run it."""
     DISCARDED = "discarded"
@@ -105,7 +106,7 @@ def decode_slot(slot: bytes) -> tuple[int, Record] | None:
         return None
     try:
         return sequence, msgspec.msgpack.decode(body, type=Record)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # what msgspec refuses, and text that is no UTF-8
         return None
 
 
@@ -146,6 +147,22 @@ class RecordFile:
         """What it says; None when nothing was ever written to it."""
         return self._current
 
+    def decide(self, state: RecordState) -> RecordState:
+        """Make an ARRIVING record say ``state``, durably, and return what it says: the first who decides is right.
+
+        Safe between threads and processes that have opened the file each for itself. Raises `HostError`.
+        """
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            self._sequence, self._current = _load(self.path, self._fd)
+            if self._current is None:
+                raise HostError(f"the handover record {self.path} was never begun")
+            if self._current.state is RecordState.ARRIVING:
+                self.write(msgspec.structs.replace(self._current, state=state))
+            return self._current.state
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def write(self, record: Record) -> None:
         """Make ``record`` what the file says: one write, one fdatasync. Raises `HostError`."""
         record = msgspec.structs.replace(record, written=time.time())
@@ -184,14 +201,20 @@ def _create(path: Path) -> None:
         raise HostError(f"can't make the handover record {path}: {error.strerror}") from error
     try:
         # zeros written, not only reserved: a later write into unwritten extents would need metadata, which can fail
-        os.pwrite(fd, bytes(SIZE), 0)
-        os.fsync(fd)
+        _write_zeros(fd)
         sync_dir(path.parent)
     except OSError as error:
         path.unlink()
         raise HostError(f"can't make the handover record {path}: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def _write_zeros(fd: int) -> None:
+    at = 0
+    while at < SIZE:  # a disk that is nearly full takes a part, and says so only when asked for the rest
+        at += os.pwrite(fd, bytes(SIZE - at), at)
+    os.fsync(fd)
 
 
 def _load(path: Path, fd: int) -> tuple[int, Record | None]:
@@ -203,8 +226,10 @@ def _load(path: Path, fd: int) -> tuple[int, Record | None]:
     if status.st_size != SIZE:
         # the zeros were never written whole, so nothing can have depended on it
         if status.st_size < SIZE and not any(os.pread(fd, SIZE, 0)):
-            os.pwrite(fd, bytes(SIZE), 0)
-            os.fsync(fd)
+            try:
+                _write_zeros(fd)
+            except OSError as error:
+                raise HostError(f"can't make the handover record {path}: {error.strerror}") from error
             return 0, None
         raise BadRecord(path, f"{status.st_size} bytes long instead of {SIZE}")
     data = os.pread(fd, SIZE, 0)

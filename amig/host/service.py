@@ -83,7 +83,11 @@ class HostService:
         return self._lock.socket_path
 
     async def build(self, make: Callable[P, M], *args: P.args, **kwargs: P.kwargs) -> M:
-        """Build a machine off the event loop, on the thread that will own it; closed again if this is cancelled."""
+        """Build a machine off the event loop, on the thread that will own it; closed again if this is cancelled.
+
+        Raises `HostError` where the guest of this name is on record as moved away: built anew there would be two of it.
+        """
+        self._records.check_may_start_anew(self.name)
         call = self.hosted.vm.submit(make, *args, **kwargs)
         cancelled = await settle(call)
         if cancelled is not None:

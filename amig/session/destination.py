@@ -38,6 +38,9 @@ class Destination(Protocol):
     async def commit(self, migration: str) -> Outcome:
         """Tell that the guest is given away and wait for who runs it. Raises `InDoubt` when no answer comes."""
 
+    async def settled(self) -> None:
+        """The answer to ``commit`` is on record at the source: the other side need not keep it. Never raises."""
+
     async def abort(self, code: str, reason: str) -> None:
         """Say that the migration is off, as well as that still goes; before ``commit`` only. Never raises."""
 

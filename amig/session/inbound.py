@@ -19,6 +19,7 @@ from amig.aio import to_its_end
 from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused
 from amig.guest import Incoming
 from amig.session.filling import Filling
+from amig.session.questions import Answered, Records, WasAsked, answer, attend, confirmed
 from amig.session.tasks import one_error
 from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
@@ -36,6 +37,7 @@ from amig.wire.messages import (
     Placed,
     Pong,
     Prepared,
+    Query,
     Refuse,
     Running,
     Welcome,
@@ -79,10 +81,12 @@ class Inbound:
         max_streams: int = 64,
         on_phase: Callable[[Phase], None] = lambda _: None,
         admit: Callable[[Hello], None] = lambda _: None,
+        records: Records | None = None,
     ) -> None:
         """``name`` is what the guest shall be called here; None keeps the source's name.
 
-        ``admit`` raises `Refused` for a guest that shall not come here, before anything is made for it.
+        ``admit`` raises `Refused` for a guest that shall not come here, before anything is made for it. ``records`` has
+        the answers for a source that asks what became of an earlier migration.
         """
         self._protocol = DestinationProtocol()
         self._link = FramedConnection(first, self._protocol)
@@ -95,6 +99,7 @@ class Inbound:
         self._max_streams = max_streams
         self._on_phase = on_phase
         self._admit = admit
+        self._records = records or Records()
         self._built = False
         self.phase = Phase.WAITING
         self.migration = ""
@@ -103,13 +108,16 @@ class Inbound:
     async def run(self) -> None:
         """Receive the guest and start it. On any error nothing of it is left; cancelling discards it, too.
 
-        Raises `Refused`, `PeerError`, `LinkLost`, `VerifyFailed`, `MigrationError` (the source gave up).
+        Raises `Refused`, `PeerError`, `LinkLost`, `VerifyFailed`, `MigrationError` (the source gave up), and
+        `WasAsked` when there was a question on the connection, which has been answered.
         """
         try:
             with one_error():
                 hello = await self._agree()
                 await self._fill(hello)
                 await self._commit()
+        except WasAsked:
+            raise
         except BaseException as error:
             if self.phase is not Phase.RUNNING:
                 await to_its_end(self._discard(error))
@@ -117,6 +125,10 @@ class Inbound:
         finally:
             for link in self._links[1:]:
                 link.abort()
+
+    async def confirmed(self) -> bool:
+        """After a success: wait until the source has RUNNING on record; False when it may have to ask for it."""
+        return await confirmed(self._link, self.migration, self._records)
 
     async def close(self) -> None:
         """Close the connection; after a success, once the source has had its time to read RUNNING."""
@@ -133,6 +145,8 @@ class Inbound:
             raise
         except TimeoutError:
             raise LinkLost(f"{self._link.peer} connected and said nothing") from None
+        if isinstance(message, Query):
+            raise WasAsked(await answer(self._link, message, self._records))
         if not isinstance(message, Hello):
             await self._refuse("not-migrating", "no migration is under way here")
             raise PeerError(f"{self._link.peer} sent {type(message).__name__} to a host that waits for a migration")
@@ -144,6 +158,7 @@ class Inbound:
                 name=self._name or message.name, machine=message.machine, memory=message.memory
             )
             self._built = True
+            await self._guest.expect(message.migration)
         except (Refused, AmigError) as error:
             await self._refuse("refused", str(error))
             raise
@@ -215,11 +230,31 @@ class Inbound:
     async def _commit(self) -> None:
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT):
-                await self._await_commit()
+                await self._decided()
         except TimeoutError:
             raise LinkLost(f"the source did not commit within {COMMIT_TIMEOUT:g} s") from None
         began = time.monotonic_ns()
         await to_its_end(self._take_over(began))
+
+    async def _decided(self) -> None:
+        """Wait for COMMIT. A source that has lost this connection, unnoticed here, may ask on another one."""
+        async with asyncio.TaskGroup() as group:
+            attendant = group.create_task(self._attend())
+            await self._await_commit()
+            attendant.cancel()
+
+    async def _attend(self) -> None:
+        if self._listener is None:
+            return
+
+        def ours(answered: Answered) -> bool:
+            return answered.migration == self.migration and answered.outcome is not None
+
+        try:
+            await attend(self._listener, self._records, until=ours)
+        except AmigError:
+            return  # nobody can come; the connection that we have is not the worse for it
+        raise MigrationError("the source lost this connection after COMMIT and asked on another: it keeps the guest")
 
     async def _await_commit(self) -> None:
         while True:
@@ -249,14 +284,21 @@ class Inbound:
             DestinationState.COMMITTED,
             DestinationState.UNDECIDED,
         )
-        if self._built:
-            await self._guest.discard(self.migration)
+        try:
+            if self._built:
+                await self._guest.discard(self.migration)
+        except AmigError as failed:
+            if after_promise:  # not durable, so it can't be said: the source asks later, and decides it by that
+                self._enter(Phase.DISCARDED)
+                self._link.abort()
+                raise MigrationError(f"{error}; and then: {failed}") from failed
         self._enter(Phase.DISCARDED)
         reason = str(error) or type(error).__name__
         with contextlib.suppress(LinkLost, TimeoutError, OSError, RuntimeError):
             async with asyncio.timeout(LAST_WORD_TIMEOUT):
                 if after_promise and self._protocol.may_send(FrameType.DISCARDED):
                     await self._link.send_message(Discarded(migration=self.migration, reason=reason))
+                    await confirmed(self._link, self.migration, self._records)
                 elif self._protocol.may_send(FrameType.ABORT):
                     await self._link.send_message(Abort(code="failed", reason=reason))
                 await self._link.close()

@@ -7,8 +7,9 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-from amig.errors import InDoubt, LinkLost, MigrationError, PeerError, Refused
+from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted
 from amig.guest import Outcome
+from amig.session.asking import confirm, query
 from amig.session.destination import Placed
 from amig.session.streams import StreamSink
 from amig.stages.send import BlockSink
@@ -38,6 +39,9 @@ from amig.wire.states import SourceProtocol, SourceState
 
 _ABORT_TIMEOUT = 2.0
 PINGS = 3
+FIRST_PAUSE = 0.05
+MAX_PAUSE = 2.0
+"""Seconds between two questions after a lost answer."""
 
 
 class Peer:
@@ -158,16 +162,44 @@ class Peer:
             ) from None
 
     async def commit(self, migration: str) -> Outcome:
-        """Send COMMIT and wait for RUNNING or DISCARDED. Raises `InDoubt`."""
+        """Send COMMIT and wait for RUNNING or DISCARDED; ask on other connections when that is lost. Raises `InDoubt`.
+
+        What the destination says first holds, on whatever connection.
+        """
         if self._protocol.state is SourceState.RETURNED:
             return Outcome.DISCARDED
+        if not self._protocol.may_send(FrameType.COMMIT):
+            return await self._ask(migration, "the connection was lost before it could be sent")
         try:
             async with asyncio.timeout(self._handover_timeout):
                 await self._links[0].send_message(Commit(migration=migration))
                 return await asyncio.shield(self._outcome)
-        except (LinkLost, TimeoutError) as error:
+        except (InDoubt, LinkLost, PeerError, TimeoutError) as error:
             why = str(error) or f"no answer within {self._handover_timeout:g} s"
-            raise InDoubt(why) from error
+        return await self._ask(migration, why)
+
+    async def _ask(self, migration: str, why: str) -> Outcome:
+        """Ask over fresh connections until there is an answer, for as long as one is waited for."""
+        for link in self._links:
+            link.abort()
+        until = time.monotonic() + self._handover_timeout
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                link, outcome = await query(self._dialer, migration, timeout=self._connect_timeout)
+            except (AmigError, OSError) as error:
+                if isinstance(error, Untrusted) or time.monotonic() + pause > until:
+                    raise InDoubt(f"{why}; asked again: {error}") from error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE)
+            else:
+                self._links.insert(0, link)
+                return outcome
+
+    async def settled(self) -> None:
+        """Tell the destination that its answer is on record here."""
+        if self._links:
+            await confirm(self._links[0])
 
     async def abort(self, code: str, reason: str) -> None:
         """Send ABORT if the states still allow it; then drop all connections."""

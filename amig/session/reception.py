@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 
 from amig.aio import settle
 from amig.errors import AmigError, HostError, PeerError, UsageError
-from amig.host.hosted import Ended, How
+from amig.guest import Outcome
+from amig.host.hosted import Ended, HostedGuest, How
 from amig.host.kvm_machine import KvmMachine
 from amig.host.local import Builder
 from amig.host.relay import Sink
 from amig.host.service import HostService
 from amig.host.stock import MemoryStock
 from amig.session.inbound import Inbound, Phase
+from amig.session.questions import Records, WasAsked, attend
 from amig.session.release import RELEASE
 from amig.session.restore import restore
 from amig.sim.guest import SimMachine
@@ -104,6 +107,7 @@ class Reception:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: Listener | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._answering: asyncio.Task[None] | None = None
         self.service = HostService(name, sinks=sinks)
 
     @property
@@ -141,6 +145,9 @@ class Reception:
         self._serving.cancel()
         try:
             await asyncio.wait([self._serving])
+            if self._answering is not None:
+                self._answering.cancel()
+                await asyncio.wait([self._answering])
         finally:
             self._stock.close()
             await self._listener.close()
@@ -231,14 +238,29 @@ class Reception:
             connection = await self._accept(listener)
             try:
                 await self._attempt(connection, listener)
+            except WasAsked as asked:
+                _log.info("%s", asked)
+                if isinstance(listener, StdioListener):
+                    raise
             except AmigError as error:
                 self._on_failure(error)
                 if self._once:
                     raise
                 _log.warning("a migration to %s failed, waiting for the next: %s", self._name, error)
             else:
-                await listener.close()
                 return
+
+    async def _answer(self, inbound: Inbound, listener: Listener) -> None:
+        """The guest runs here: listen on until the source has that on record, since it may have lost our word."""
+        try:
+            if not await inbound.confirmed():
+                await attend(listener, _Answers(self.service.hosted), until=lambda answered: answered.confirmed)
+        except AmigError as error:
+            _log.warning("nobody can ask any more what became of migration %s: %s", inbound.migration, error)
+        finally:
+            with contextlib.suppress(AmigError):
+                await inbound.close()
+            await listener.close()
 
     def _admit(self, hello: Hello) -> None:
         self._stock.admit(hello.name, hello.memory, hello.memory_used)
@@ -253,14 +275,30 @@ class Reception:
             workers=self._workers,
             on_phase=self._on_phase,
             admit=self._admit,
+            records=_Answers(self.service.hosted),
         )
         try:
             await inbound.run()
-        except (OSError, ValueError) as error:
-            raise PeerError(f"the migration failed here: {error}") from error
-        finally:
+        except BaseException as error:
             with contextlib.suppress(AmigError):
                 await inbound.close()
+            if isinstance(error, OSError | ValueError):
+                raise PeerError(f"the migration failed here: {error}") from error
+            raise
+        self._answering = asyncio.create_task(self._answer(inbound, listener), name=f"amig-answers-{self._name}")
+
+
+class _Answers(Records):
+    """The durable answers of this user's hosts on this machine."""
+
+    def __init__(self, hosted: HostedGuest) -> None:
+        self._hosted = hosted
+
+    async def outcome(self, migration: str) -> Outcome | None:
+        return await self._hosted.vm.call(self._hosted.records.outcome, migration)
+
+    async def settled(self, migration: str) -> None:
+        await self._hosted.vm.call(self._hosted.records.settled, migration)
 
 
 async def receive(
@@ -285,6 +323,8 @@ async def receive(
 async def restore_here(service: HostService, path: str, *, hugepages: bool = False, workers: int = 1) -> None:
     """Fill the service's guest from a snapshot and run it: all of ``amig run NAME --restore file:PATH``."""
     incoming = service.incoming(builders(service, MemoryStock(hugepages=hugepages)))
-    hello = await restore(path, incoming, name=service.name, workers=workers)
-    await incoming.commit(hello.migration)
+    await restore(path, incoming, name=service.name, workers=workers)
+    restored = uuid.uuid4().hex  # each is a guest of its own, and no migration that anybody asks for
+    await incoming.commit(restored)
     await incoming.run()
+    await service.hosted.vm.call(service.hosted.records.settled, restored)

@@ -62,6 +62,9 @@ class SnapshotFile:
         await self._writer.seal()
         return Outcome.RUNNING
 
+    async def settled(self) -> None:
+        """A file need not be told."""
+
     async def abort(self, code: str, reason: str) -> None:
         """Remove the partial file."""
         if self._writer is not None:

@@ -179,7 +179,10 @@ class SourceSession:
         try:
             await self._guest.release(self._migration, outcome)
         except AmigError as error:
-            self._tell(Notice(text=f"the guest runs at {self._destination.address}; its old host says: {error}"))
+            runs = "runs" if outcome is Outcome.RUNNING else "will never run"
+            self._tell(Notice(text=f"the guest {runs} at {self._destination.address}; its old host says: {error}"))
+        else:
+            await self._destination.settled()
         if outcome is Outcome.DISCARDED:
             self._enter(State.FAILED, "the destination discarded the guest; it runs on here")
             raise AmigError(f"{self._destination.address} discarded the guest at the last moment; it runs on here")
@@ -191,22 +194,28 @@ class SourceSession:
             f"COMMIT was sent to {there} and its answer was lost ({error}). The guest {name!r} is paused here and must "
             f"not run here unless the destination ({self.identity}) is known not to run it. Look there with "
             f"`amig status`: if it runs, `amig resolve {name} --discard` here; if it never will, "
-            f"`amig resolve {name} --run-here`"
+            f"`amig resolve {name} --run-here`. Its host asks again by itself; `amig resolve {name}` asks at once"
         )
 
     async def _take_back(self, error: BaseException) -> None:
-        """Tell the destination, give bits back that were in flight, and leave the guest as it was before."""
+        """Leave the guest as it was before, with the bits that were in flight given back; then tell the destination.
+
+        In this order, because a guest may stand still for this, and nobody can run it elsewhere before COMMIT.
+        """
         reason = "cancelled" if isinstance(error, asyncio.CancelledError) else str(error) or type(error).__name__
         code = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
-        await self._destination.abort(code, reason)
-        with contextlib.suppress(AmigError, OSError):  # a host that is gone has done all this by itself
+        gone = contextlib.suppress(AmigError, OSError)  # a host that is gone has done all this by itself
+        with gone:
             if code == "failed":
                 for region, words in self._ledger.in_flight().items():
                     whole = self._guest.info.memory.region(region)
                     assert len(words) * WORD_PAGES >= whole.pages  # noqa: S101 - a partial return would lose pages
                     await self._guest.give_back(region, 0, words)
+        with gone:
             await self._guest.log_stop()
+        with gone:
             await self._guest.resume()
+        await self._destination.abort(code, reason)
 
     async def _report(self) -> None:
         while True:

@@ -158,7 +158,7 @@ SOURCE: Final[Table[SourceState]] = {
     | _pings(_S.PREPARED),
     _S.COMMITTED: _receive(_S.DONE, F.RUNNING) | _receive(_S.RETURNED, F.DISCARDED) | _pings(_S.COMMITTED),
     _S.DONE: _pings(_S.DONE),
-    _S.RETURNED: _receive(_S.RETURNED, F.PING, F.PONG),
+    _S.RETURNED: _send(_S.RETURNED, F.PING) | _receive(_S.RETURNED, F.PING, F.PONG),
     _S.REFUSED: {},
     _S.ABORTED: _receive(_S.ABORTED, F.WELCOME, F.REFUSE, F.PLACED, F.PREPARED, F.DISCARDED, F.ABORT, F.PING, F.PONG),
     _S.IN_DOUBT: {},
