@@ -96,7 +96,7 @@ def _random(pages: int, count: int, random: np.random.Generator) -> Words:
 
 def _row(pages: int, count: int) -> Words:
     words = bitmap.zeros(pages)
-    bitmap.set_range(words, pages // 3, count)
+    bitmap.set_range(words, min(pages // 3, pages - count), count)
     return words
 
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import msgspec
 
 
+class TooLong(Exception):
+    """A migration was ended because its time was up."""
+
+    def __init__(self, seconds: float, rounds: int, pages: int) -> None:
+        super().__init__(f"it did not end in {seconds:g} s: after {rounds} rounds {pages} pages were left")
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One migration; None is what was not measured, or has no meaning for this side."""
 

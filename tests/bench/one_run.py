@@ -18,7 +18,7 @@ from amig.errors import AmigError
 from amig.memory import PAGE_SIZE
 from tests.bench import iperf, ours, qemu
 from tests.bench.lowmem import LowMemory, populated
-from tests.bench.measured import Run
+from tests.bench.measured import Run, TooLong
 from tests.bench.qmp import QmpError
 from tests.bench.scenarios import Mode, Scenario
 from tests.bench.watch import Seen
@@ -75,7 +75,7 @@ async def one_run(scenario: Scenario, mode: Mode, turn: int, *, preallocated: bo
                 await sides[mode.side](scenario, mode, preallocated, place, known)
         except TimeoutError:
             known["error"] = "it hung, and was ended"
-        except (AmigError, QmpError, RuntimeError) as error:
+        except (AmigError, QmpError, TooLong, RuntimeError) as error:
             known["error"] = " ".join(str(error).split())
     return Run(**known)
 
@@ -90,17 +90,7 @@ async def _amig(scenario: Scenario, mode: Mode, preallocated: bool, place: Place
             async def joined(pid: int) -> None:
                 await observer.tell("with", pid)
 
-            moving = asyncio.ensure_future(
-                ours.migrate(scenario, mode, pair, place, joined, timeout=scenario.limit + _MARGIN)
-            )
-            try:
-                done, _ = await asyncio.wait((moving,), timeout=scenario.limit)
-                if not done:
-                    raise RuntimeError(f"it did not end in {scenario.limit:g} s")
-                at, began, result = moving.result()
-            finally:
-                moving.cancel()
-                await asyncio.wait((moving,))
+            at, began, result = await ours.migrate(scenario, mode, pair, place, joined, timeout=scenario.limit)
             ours.figures(result, known)
             await _landed(observer, at, known)
             known["start_s"] = began - at
@@ -121,7 +111,7 @@ async def _qemu(scenario: Scenario, mode: Mode, preallocated: bool, place: Place
                 async with asyncio.timeout(scenario.limit):
                     info = await qemu.ended(source)
             except TimeoutError:
-                raise RuntimeError(f"it did not end in {scenario.limit:g} s") from None
+                raise TooLong(scenario.limit, *await qemu.so_far(source)) from None
             qemu.figures(info, known)
             await _landed(observer, at, known)
             known["start_s"] = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from amig.children import Child, Place
 from amig.errors import HostError
 from amig.events import Result
 from amig.host.images import image_path
+from tests.bench.measured import TooLong
 from tests.bench.scenarios import Mode, Scenario
 
 SOURCE, DESTINATION = "source", "destination"
@@ -64,7 +66,7 @@ async def migrate(
     """Run the command; returns when it was given and when its migration began (CLOCK_MONOTONIC), and its result.
 
     ``joined`` is awaited with the process's number as soon as there is one. Raises `HostError` for a command that ends
-    without a result, or not in time.
+    without a result, and `TooLong`.
     """
     at = time.monotonic()
     async with Child.started("migrator", ["-m", "amig", *command(scenario, mode, pair)], place) as migrator:
@@ -72,9 +74,15 @@ async def migrate(
         first = await migrator.line("event")
         began = first["at"] - time.time() + time.monotonic()
         line: dict[str, Any] = first
-        deadline = at + timeout
-        while line["event"] != "result":
-            line = await migrator.line("event", timeout=max(0.1, deadline - time.monotonic()))
+        rounds, left = 0, 0
+        try:
+            async with asyncio.timeout(timeout):
+                while line["event"] != "result":
+                    line = await migrator.line("event", timeout=2 * timeout)
+                    if line["event"] == "round":
+                        rounds, left = line["round"] + 1, line["remaining"]
+        except TimeoutError:
+            raise TooLong(timeout, rounds, left) from None
         return at, began, msgspec.convert(line, Result)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amig.host.images import image_path
+from amig.memory import PAGE_SIZE
 from tests.bench.qmp import Qmp, QmpError
 from tests.bench.scenarios import Mode, Scenario
 
@@ -130,6 +131,12 @@ async def ended(source: Qemu) -> dict[str, Any]:
     if status != "completed":
         raise QmpError(f"the migration {status}: {info.get('error-desc', 'QEMU gave no reason')}")
     return info
+
+
+async def so_far(source: Qemu) -> tuple[int, int]:
+    """Return the rounds done and the pages left. Raises `QmpError`."""
+    ram = (await source.qmp.run("query-migrate")).get("ram", {})
+    return ram.get("dirty-sync-count", 0), ram.get("remaining", 0) // PAGE_SIZE
 
 
 def figures(info: dict[str, Any], run: dict[str, Any]) -> None:
