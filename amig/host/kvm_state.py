@@ -128,7 +128,7 @@ def decode_description(data: bytes) -> Description:
         raise Refused(f"the machine's description has {len(data)} bytes, more than {MAX_DESCRIPTION_BYTES}")
     try:
         return msgspec.msgpack.decode(data, type=Description)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # text that is no UTF-8, too
         raise Refused(f"the machine's description can't be read: {error}; is it a KVM guest of this amig?") from None
 
 
@@ -138,5 +138,5 @@ def decode_state(data: bytes) -> MachineState:
         raise VerifyFailed(f"the device state has {len(data)} bytes, more than {MAX_STATE_BYTES}")
     try:
         return msgspec.msgpack.decode(data, type=MachineState)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # text that is no UTF-8, too
         raise VerifyFailed(f"the device state is broken: {error}") from None

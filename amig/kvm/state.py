@@ -146,7 +146,7 @@ def decode(blob: bytes, *, limit: int = MOST_BYTES) -> VcpuState | VmState:
         raise VerifyFailed("the device state was damaged on its way: its checksum is wrong")
     try:
         state: VcpuState | VmState = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:  # what msgspec refuses, and text that is no UTF-8
         raise VerifyFailed(f"the device state is broken: {error}") from None
     state.check()
     return state

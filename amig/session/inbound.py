@@ -225,7 +225,8 @@ class Inbound:
         self._enter(Phase.PREPARED)
 
     async def _placed(self, round_: int) -> None:
-        await self._link.send_message(Placed(round=round_))
+        if self._protocol.may_send(FrameType.PLACED):  # not when the source is just saying why it gives up
+            await self._link.send_message(Placed(round=round_))
 
     async def _commit(self) -> None:
         try:

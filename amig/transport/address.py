@@ -272,6 +272,7 @@ def _path(text: str, scheme: str, rest: str) -> str:
         path = rest[2:]
         if not path.startswith("/"):
             raise UsageError(f"{text!r}: after {scheme}:// the path starts with a slash; or write {scheme}:PATH")
+        path = "/" + path.lstrip("/")  # with more of them it would read back as a URL with a host in it
     if not path or path.endswith("/"):
         raise UsageError(f"{text!r} needs the path of a {'socket' if scheme == 'unix' else 'file'}: {scheme}:PATH")
     if scheme == "unix" and len(path.encode("utf-8", "surrogateescape")) > _UNIX_PATH_BYTES:

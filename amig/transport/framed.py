@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from amig.errors import PeerError
+from amig.errors import LinkLost, PeerError
 from amig.memory import MemoryMap
 from amig.pieces import Pieces
 from amig.transport.base import Connection
@@ -28,12 +28,14 @@ from amig.wire.block import BlockFrame
 from amig.wire.frames import BLOCK_HEADER_SIZE, HEADER_SIZE, UNSUMMED_DATA, Checksum, FrameHeader
 from amig.wire.frametype import FrameType
 from amig.wire.messages import Message
-from amig.wire.states import Protocol
+from amig.wire.states import LocalProtocolError, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _WASTE_BYTES: Final = 1 << 16
+_LAST_WORDS: Final = frozenset({FrameType.ABORT, FrameType.REFUSE})
+"""After these the peer takes nothing more."""
 
 
 class FramedConnection:
@@ -41,7 +43,8 @@ class FramedConnection:
 
     ``protocol`` is this end's state: every frame passes it, and one out of place raises `LocalProtocolError` (ours)
     or `PeerError` (theirs) instead of being sent or read. Reading raises `LinkLost` when the connection ends and
-    `PeerError` for what no peer may send; after either, only `close` and `abort` make sense.
+    `PeerError` for what no peer may send; after either, only `close` and `abort` make sense. Sending raises `LinkLost`,
+    too, once the peer has begun to say that it gives up.
     """
 
     def __init__(self, connection: Connection, protocol: Protocol[Any] | None = None) -> None:
@@ -53,6 +56,7 @@ class FramedConnection:
         self._frame: FrameHeader | None = None
         self._block: BlockFrame | None = None
         self._sum: Checksum | None = None
+        self._refused = False
 
     @property
     def peer(self) -> str:
@@ -93,8 +97,7 @@ class FramedConnection:
             raise RuntimeError(f"the connection to {self.peer} has to look at what it sends")
         start = _block_start(block, flags=UNSUMMED_DATA)
         async with self._turn:
-            if self.protocol is not None:
-                self.protocol.sent(FrameType.BLOCK)
+            self._going_out(FrameType.BLOCK)
             await mover.send_pieces(start, pieces)
         return HEADER_SIZE + head.payload_bytes
 
@@ -119,6 +122,7 @@ class FramedConnection:
         header = frames.decode_header(self._head)
         if self.protocol is not None:
             self.protocol.received(header.type)
+        self._refused = self._refused or header.type in _LAST_WORDS
         self._frame = header
         return header
 
@@ -211,9 +215,18 @@ class FramedConnection:
 
     async def _send(self, kind: FrameType, *parts: Buffer) -> None:
         async with self._turn:
-            if self.protocol is not None:
-                self.protocol.sent(kind)
+            self._going_out(kind)
             await self.connection.send(*parts)
+
+    def _going_out(self, kind: FrameType) -> None:
+        if self.protocol is None:
+            return
+        try:
+            self.protocol.sent(kind)
+        except LocalProtocolError:
+            if self._refused:  # it came while this was being made: no bug, and its reason is about to be read
+                raise LinkLost(f"{self.peer} has given up") from None
+            raise
 
     def _expect(self, header: FrameHeader) -> None:
         if header is not self._frame or self._block is not None:

@@ -1,0 +1,290 @@
+"""The whole destination side, fed with what a source sends after the handshake, or with a handshake of its own.
+
+The first byte of an input: bits 0 and 1 say how many connections beside the first one, bit 2 that HELLO is part of the
+input, bit 3 that it goes over a real socket, where the kernel writes to guest memory by address. Each frame follows a
+byte that says on which connection it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import zstandard
+
+from amig.errors import AmigError, HostError, LinkLost, Refused
+from amig.memory import PAGE_SIZE, MemoryMap, Pages, Region, Slot
+from amig.session.inbound import Inbound
+from amig.transport.sock import SocketConnection
+from amig.wire import block, frames, messages
+from tests.modelguest import ArrayMemory, ModelIncoming
+
+from . import streams
+from .loops import complete
+from .target import Mutate, Target
+
+ID = "0123456789abcdef" * 2
+WIDE, SMALL = 96 * PAGE_SIZE, 70 * PAGE_SIZE
+MAP = MemoryMap(
+    generation=3,
+    regions=(Region(id=0, size=WIDE), Region(id=7, size=SMALL)),
+    slots=(
+        Slot(index=0, guest_phys=0, size=WIDE, region=0, offset=0),
+        Slot(index=1, guest_phys=1 << 32, size=SMALL, region=7, offset=0),
+    ),
+)
+MOST_MEMORY = 4 << 20
+FENCE = 16
+"""Pages around each region that nobody may write to."""
+MARK = 0xA5
+STREAMS, OWN_HELLO, SOCKET = 3, 4, 8
+TAG = 1
+STAY = 0.05
+"""Seconds that further connections stay open; far longer than the first one takes when it does not wait for them."""
+
+
+class FencedMemory(ArrayMemory):
+    """Regions with something before and after them that can be looked at."""
+
+    def __init__(self, memory_map: MemoryMap) -> None:
+        self.map = memory_map
+        self.whole = {r.id: np.zeros((r.pages + 2 * FENCE, PAGE_SIZE), np.uint8) for r in memory_map.regions}
+        self.arrays = {region: whole[FENCE:-FENCE] for region, whole in self.whole.items()}
+        for whole in self.whole.values():
+            whole[:FENCE] = whole[-FENCE:] = MARK
+
+    def check(self) -> None:
+        for whole in self.whole.values():
+            assert (whole[:FENCE] == MARK).all(), "something was written before guest memory"
+            assert (whole[-FENCE:] == MARK).all(), "something was written behind guest memory"
+
+
+class FencedGuest(ModelIncoming):
+    """A guest that arrives in fenced memory, and has only so much of it."""
+
+    async def build(self, *, name: str, machine: bytes, memory: MemoryMap) -> str:
+        self.calls.append("build")
+        if memory.size > MOST_MEMORY:
+            self.calls.pop()
+            raise Refused("there is not so much memory here")
+        self.array = FencedMemory(memory)
+        return f"model/{name}"
+
+    def pages(self, region: int) -> Pages:
+        assert self.array is not None
+        return self.array.arrays[region]
+
+    def check_memory(self) -> None:
+        if isinstance(self.array, FencedMemory):
+            self.array.check()
+
+    def check(self) -> None:
+        """Nothing was written beside the guest; it runs only after everything that must come before, or not at all."""
+        self.check_memory()
+        if "run" in self.calls:
+            assert self.calls == ["build", "load", "commit", "run"]
+        elif "build" in self.calls:
+            assert self.calls[-1] == "discard"
+            assert "commit" not in self.calls
+
+
+class Fed:
+    """A connection on which a source has said it all, and then left."""
+
+    gathers = False
+    pages = None
+    identity = b""
+    peer = "a source"
+
+    def __init__(self, said: bytes, stays: float = 0.0) -> None:
+        """``stays``: seconds that it remains open when all has been said."""
+        self._said = memoryview(said)
+        self._stays = stays
+        self.heard = bytearray()
+        self.bytes_sent = self.bytes_received = 0
+
+    async def send(self, *buffers: Any) -> None:
+        await asyncio.sleep(0)
+        for buffer in buffers:
+            self.heard += memoryview(buffer).cast("B") if memoryview(buffer).nbytes else b""
+
+    async def recv_into(self, *views: Any) -> None:
+        await asyncio.sleep(0)
+        for view in views:
+            flat = memoryview(view).cast("B")
+            part, self._said = self._said[: len(flat)], self._said[len(flat) :]
+            flat[: len(part)] = part
+            if len(part) < len(flat):
+                await asyncio.sleep(self._stays)
+                raise LinkLost("the source has gone")
+
+    def outstanding(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+
+class FedSocket(SocketConnection):
+    """The same over a pair of sockets."""
+
+    def __init__(self, said: bytes) -> None:
+        ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+        self.theirs.sendall(said)
+        self.theirs.shutdown(socket.SHUT_WR)
+        super().__init__(ours, "a source")
+
+    @property
+    def heard(self) -> bytes:
+        try:
+            return self.theirs.recv(1 << 20, socket.MSG_PEEK)
+        except (BlockingIOError, ConnectionResetError):
+            return b""
+
+    def leave(self) -> None:
+        self.abort()
+        self.theirs.close()
+
+
+class Others:
+    """A listener whose connections are those of the same source."""
+
+    address = "here"
+
+    def __init__(self, first: Fed | FedSocket, said: list[bytes]) -> None:
+        self._first = first
+        self._said = said
+        self._stream = 0
+
+    async def accept(self) -> Fed:
+        self._stream += 1
+        if self._stream > len(self._said):
+            raise HostError("nobody else comes")
+        welcome = bytes(self._first.heard)
+        header = frames.decode_header(welcome[:16])
+        found = messages.decode(header.type, welcome[16 : 16 + header.length])
+        token = found.token if isinstance(found, messages.Welcome) else bytes(32)
+        join = streams.message(messages.Join(migration=ID, token=token, stream=self._stream))
+        return Fed(join + self._said[self._stream - 1], stays=STAY)
+
+    async def close(self) -> None:
+        pass
+
+
+def connections(data: bytes) -> list[bytes]:
+    """Return what is said on each connection."""
+    said = [b""] * (1 + (data[0] & STREAMS))
+    for piece in streams.cut(data[1:], TAG):
+        said[piece[0] % len(said)] += piece[TAG:]
+    return said
+
+
+def hello(streams_: int) -> bytes:
+    return streams.message(
+        messages.Hello(
+            migration=ID, name="web1", engine="model", vcpus=1, memory=MAP, machine=b"model", streams=streams_
+        )
+    )
+
+
+async def receive(data: bytes) -> FencedGuest:
+    """Be the destination of such a source; returns the guest, checked."""
+    said = connections(data)
+    if not data[0] & OWN_HELLO:
+        said[0] = hello(len(said)) + said[0]
+    guest = FencedGuest()
+    first = FedSocket(said[0]) if data[0] & SOCKET else Fed(said[0])
+    try:
+        try:
+            await Inbound(first, Others(first, said[1:]), guest, release="test").run()
+        except AmigError:
+            assert "run" not in guest.calls, "the guest runs, and an error was raised"
+        else:
+            assert "run" in guest.calls, "neither a guest nor an error"
+        assert len(first.heard) <= 4096 + 2 * len(data), "more was answered than asked"
+    finally:
+        first.leave()
+    guest.check()
+    return guest
+
+
+def run(data: bytes) -> None:
+    if data:
+        with patch.dict(os.environ, XDG_STATE_HOME="/proc/none"):  # no records are found, and none are left behind
+            complete(receive(data))
+
+
+def mutate(data: bytes, most: int, seed: int, by: Mutate) -> bytes:
+    return streams.mutate(data, most, seed, by, skip=1, tag=TAG)
+
+
+def tagged(stream: bytes, connection: int = 0) -> bytes:
+    """Return the frames of a stream, each with the number of its connection before it."""
+    return b"".join(bytes([connection]) + piece for piece in streams.cut(stream))
+
+
+def a_block(content: bytes, *, packed: bool = False, summed: bool = True, **changes: Any) -> bytes:
+    """Return a BLOCK of pages 1 (zero) and 2, 3 (with ``content``) of region 0 unless told otherwise."""
+    fields: dict[str, Any] = {"round": 0, "region": 0, "first_page": 0, "span_pages": 64}
+    fields |= {"pages": np.array([0b1110], np.uint64), "zero": np.array([0b0010], np.uint64)}
+    if packed:
+        content = zstandard.compress(content)
+        fields |= {"codec": block.Codec.ZSTD, "data_bytes": len(content)}
+    return streams.block(block.describe(**(fields | changes)), content, summed=summed)
+
+
+def one_page(number: int, content: bytes, **changes: Any) -> bytes:
+    """Return a BLOCK of one page."""
+    first = number // 64 * 64
+    bit = np.array([1 << number % 64], np.uint64)
+    fields = {"first_page": first, "span_pages": number - first + 1, "pages": bit, "zero": bit & np.uint64(0)}
+    return a_block(content, **(fields | changes))
+
+
+def round_end(number: int, pages: int) -> bytes:
+    return streams.message(messages.Round(round=number, pages=pages))
+
+
+def last_words(rounds: int, pages: int, zero_pages: int) -> bytes:
+    """Return STATE, END and COMMIT."""
+    commit = streams.message(messages.Commit(migration=ID))
+    return streams.state(b"state") + streams.end(rounds, pages, zero_pages, b"state") + commit
+
+
+def seeds() -> Iterator[tuple[str, bytes]]:
+    text = b"text".ljust(16) * 256
+    ping = streams.message(messages.Ping(seq=1, sent_ns=2))
+    abort = streams.message(messages.Abort(code="failed", reason="a reason"))
+    whole = a_block(2 * text, packed=True) + ping + round_end(0, 3) + last_words(1, 2, 1)
+    yield "whole", bytes([0]) + tagged(whole)
+    yield "whole-socket", bytes([SOCKET]) + tagged(whole)
+    raw = one_page(5, text) + one_page(69, text, region=7, summed=False) + round_end(0, 2) + last_words(1, 2, 0)
+    yield "raw", bytes([0]) + tagged(raw)
+    yield "raw-socket", bytes([SOCKET]) + tagged(raw)
+    again = one_page(5, text, packed=True) + round_end(0, 1) + one_page(5, text, packed=True, round=1)
+    again += one_page(6, b"", round=1, zero=np.array([1 << 6], np.uint64)) + round_end(1, 2) + last_words(2, 2, 1)
+    yield "two-rounds", bytes([0]) + tagged(again)
+    late = streams.state(b"state") + one_page(5, text, packed=True) + round_end(0, 1)
+    late += streams.end(1, 1, 0, b"state") + streams.message(messages.Commit(migration=ID))
+    yield "state-first", bytes([0]) + tagged(late)
+    three = tagged(one_page(1, text, packed=True) + round_end(0, 1))
+    three += tagged(one_page(2, text, packed=True) + round_end(0, 1), 1) + tagged(round_end(0, 0), 2)
+    yield "three-connections", bytes([2]) + three + tagged(last_words(1, 2, 0))
+    yield "abort", bytes([0]) + tagged(a_block(2 * text, packed=True) + abort)
+    yield "own-hello", bytes([OWN_HELLO]) + tagged(hello(1) + round_end(0, 0) + last_words(1, 0, 0))
+    yield "query", bytes([OWN_HELLO]) + tagged(streams.message(messages.Query(migration=ID)))
+
+
+TARGET = Target(name="receiver", run=run, seeds=seeds, most=12 << 10, memory=48 << 20, mutate=mutate)
