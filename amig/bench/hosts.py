@@ -29,14 +29,17 @@ class HostGuest(msgspec.Struct, frozen=True, kw_only=True, tag_field="do", tag="
     name: str
     memory: int
     append: str
+    vcpus: int = 1
     initially_set: bool = True
     dirty_ring: int = 0
 
 
 class Receive(msgspec.Struct, frozen=True, kw_only=True, tag_field="do", tag="receive"):
-    """Wait for a guest."""
+    """Wait for a guest; ``memory`` bytes are prepared for it."""
 
     name: str
+    memory: int = 0
+    dirty_ring: int = 0
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True, tag_field="do", tag="end"):
@@ -101,7 +104,10 @@ class Hosts:
         stack, serial = self._make(command.name)
         service = await stack.enter_async_context(HostService(command.name, sinks=(serial,)))
         config = MachineConfig(
-            memory=command.memory, initially_set=command.initially_set, dirty_ring=command.dirty_ring
+            memory=command.memory,
+            vcpus=command.vcpus,
+            initially_set=command.initially_set,
+            dirty_ring=command.dirty_ring,
         )
         boot = BootConfig(kernel=image_path(), append=command.append)
         machine = await service.build(KvmMachine.boot, config, boot, sink=service.console.write)
@@ -110,7 +116,13 @@ class Hosts:
 
     async def _receive(self, command: Receive) -> Answer:
         stack, serial = self._make(command.name)
-        reception = Reception("tcp://127.0.0.1:0", name=command.name, sinks=(serial,))
+        reception = Reception(
+            "tcp://127.0.0.1:0",
+            name=command.name,
+            sinks=(serial,),
+            memory=command.memory,
+            dirty_ring=command.dirty_ring,
+        )
         await stack.enter_async_context(reception)
         return Answer(answer=command.name, socket=str(reception.service.socket_path), address=reception.address)
 
