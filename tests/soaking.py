@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -127,7 +128,7 @@ class Mover:
             workers=chance.choice([1, 2]),
             bandwidth=chance.choice([None, None, 60e6, 400e6]),
             downtime=chance.choice([0.01, 0.05, 0.3]),
-            timeout=chance.choice([5.0, 15.0]),
+            timeout=chance.choice([1.0, 3.0, 10.0]),
             on_timeout="switch",
             connect_timeout=60,
             handover_timeout=60,
@@ -218,7 +219,8 @@ class Watch:
         self.seen: list[dict[str, Figures]] = []
 
     def look(self) -> dict[str, Figures]:
-        """Look once."""
+        """Look once; what waits for the garbage collector in our own process is not held."""
+        gc.collect()
         found = {name: Figures.of(pid) for name, pid in self._pids.items()}
         self.seen.append(found)
         return found
