@@ -15,7 +15,7 @@ from tests.bench import growth, qemu, versus_qemu
 from tests.bench.measured import Run
 from tests.bench.one_run import one_run
 from tests.bench.qmp import Qmp, QmpError
-from tests.bench.report import markdown
+from tests.bench.report import LEGEND, markdown
 from tests.bench.scenarios import AMIG, BEST, FLUID, MULTIFD, PLAIN, SCENARIOS, XBZRLE, Mode, Scenario, Target, choose
 from tests.bench.summary import Report, best, line_fit, ratios, report
 
@@ -146,6 +146,12 @@ def test_scenarios_have_names_of_their_own_and_targets_that_can_be_measured() ->
     assert [s.name for s in choose(["T1"])] == ["T1-random", "T1-mixed"]
     assert [s.name for s in choose(["T1-mixed", "T1"])] == ["T1-mixed", "T1-random"]
     assert choose(["all"]) == choose(["T7"]) == list(SCENARIOS)
+
+
+def test_the_page_has_a_place_for_every_table() -> None:
+    page = (Path(__file__).parent.parent / "docs/performance.md").read_text()
+    assert all(page.count(f"<!-- measured: {name} -->") == 1 for name in (*(s.name for s in SCENARIOS), "T9"))
+    assert " ".join(LEGEND.split()) in " ".join(page.split())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from amig.memory import PAGE_SIZE
 
 GIB, MIB = 1 << 30, 1 << 20
+OWN = 8 * MIB
+"""What the guest's image and the firmware keep of its memory: the rest can be filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ def _text(name: str, title: str, link: int | None, modes: tuple[Mode, ...], targ
         name=name,
         title=title,
         memory=2 * GIB,
-        words=f"workload=idle ws=64MiB fill=text fill_size={2 * GIB}",
+        words=f"workload=idle ws=64MiB fill=text fill_size={2 * GIB - OWN}",
         link=link,
         modes=modes,
         targets=targets,
@@ -148,7 +150,7 @@ def _grown(gib: int) -> Scenario:
         name=f"T9-{gib}",
         title=f"growth: idle, {gib} GiB, all touched",
         memory=gib * GIB,
-        words=f"workload=idle ws=64MiB fill=random fill_size={gib * GIB}",
+        words=f"workload=idle ws=64MiB fill=random fill_size={gib * GIB - OWN}",
         modes=(AMIG, MULTIFD),
         preallocated=(True,),
         tags=frozenset({"growth"}),
@@ -162,7 +164,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         name="T2",
         title="idle, 4 GiB of random content, no cap",
         memory=4 * GIB,
-        words=f"workload=idle ws=64MiB fill=random fill_size={4 * GIB}",
+        words=f"workload=idle ws=64MiB fill=random fill_size={4 * GIB - OWN}",
         modes=(AMIG, PLAIN, MULTIFD, IPERF),
         targets=(
             Target(ours=AMIG, theirs=PLAIN.name, at_most=1 / 1.5),
@@ -170,7 +172,7 @@ SCENARIOS: tuple[Scenario, ...] = (
             Target(ours=AMIG, theirs=IPERF.name, at_most=1 / 0.8),
         ),
     ),
-    _idle("T3-zero", "idle, 8 GiB, all zero and touched", 8 * GIB, f"fill=zero fill_size={8 * GIB}"),
+    _idle("T3-zero", "idle, 8 GiB, all zero and touched", 8 * GIB, f"fill=zero fill_size={8 * GIB - OWN}"),
     _idle("T3-untouched", "idle, 8 GiB, never touched", 8 * GIB, "fill=none"),
     _idle("T3-half", "idle, 8 GiB, half of it zero", 8 * GIB, f"fill=random fill_size={4 * GIB}"),
     _text(
