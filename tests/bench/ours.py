@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -70,19 +71,22 @@ async def migrate(
     """
     at = time.monotonic()
     async with Child.started("migrator", ["-m", "amig", *command(scenario, mode, pair)], place) as migrator:
-        await joined(migrator.process.pid)
-        first = await migrator.line("event")
-        began = first["at"] - time.time() + time.monotonic()
-        line: dict[str, Any] = first
         rounds, left = 0, 0
         try:
+            await joined(migrator.process.pid)
+            line = await migrator.line("event")
+            began = line["at"] - time.time() + time.monotonic()
             async with asyncio.timeout(timeout):
                 while line["event"] != "result":
                     line = await migrator.line("event", timeout=2 * timeout)
                     if line["event"] == "round":
                         rounds, left = line["round"] + 1, line["remaining"]
-        except TimeoutError:
-            raise TooLong(timeout, rounds, left) from None
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                migrator.process.terminate()  # it would go on, for it does not listen to us
+            if isinstance(error, TimeoutError):
+                raise TooLong(timeout, rounds, left) from None
+            raise
         return at, began, msgspec.convert(line, Result)
 
 

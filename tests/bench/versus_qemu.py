@@ -35,6 +35,10 @@ GIVEN_UP = 2
 _SPARE = 1 << 30
 
 
+class NoRoom(Exception):
+    """There is not enough memory for a scenario."""
+
+
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return what was asked for; exits with a usage message."""
     names = ", ".join(s.name for s in SCENARIOS)
@@ -114,6 +118,8 @@ async def compare(scenario: Scenario, asked: argparse.Namespace, where: dict[str
             for mode in modes:
                 if failed[mode.name] >= GIVEN_UP:
                     continue
+                if why := room(scenario):  # others may have taken it meanwhile
+                    raise NoRoom(why)
                 run = await one_run(scenario, mode, turn, preallocated=preallocated)
                 failed[mode.name] = 0 if run.whole else failed[mode.name] + 1
                 runs.append(run)
@@ -169,10 +175,11 @@ async def run_all(asked: argparse.Namespace, where: dict[str, str]) -> int:
     """Run all that was asked for. Cancelling ends all processes."""
     reports: list[Report] = []
     for scenario in asked.scenarios:
-        if why := room(scenario):
+        try:
+            found = await compare(scenario_of(scenario, asked), asked, where)
+        except NoRoom as why:
             tell(f"{scenario.name}: skipped: {why}")
             continue
-        found = await compare(scenario_of(scenario, asked), asked, where)
         reports.append(found)
         print(markdown(found), flush=True)
         if asked.page is not None:
