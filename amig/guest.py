@@ -14,9 +14,12 @@ Whatever ends before ``commit`` ends in ``log_stop`` and a guest that runs as be
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
 
 from amig.memory import GuestMemory, MemoryMap, Pages, Words
 
@@ -84,11 +87,32 @@ class Outcome(enum.StrEnum):
     """The destination said, durably, that it never will: the source takes the guest back."""
 
 
+_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Word = Annotated[str, Meta(max_length=256)]
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A migrator's own figures, for others to look at; the host only keeps the last. See `amig.events.Progress`."""
+
+    state: _Word = ""
+    round: _Count = 0
+    fraction: float = 0.0
+    remaining_pages: _Count = 0
+    bytes_sent: _Count = 0
+    bytes_per_s: float = 0.0
+    dirty_bytes_per_s: float = 0.0
+    eta_s: float | None = None
+    waiting_for: _Word = ""
+
+
 class Guest(Protocol):
     """A guest that can be migrated away. Every method raises `ControlError` when the host refuses.
 
     Each instance that starts the log is one *user* of the guest's dirty log, with pending bits of its own.
     """
+
+    on_cancel: Callable[[str], None] | None
+    """Called with the id when an operator wants the migration cancelled that `migration_begin` has registered."""
 
     @property
     def info(self) -> GuestInfo:
@@ -144,6 +168,15 @@ class Guest(Protocol):
 
     async def release(self, migration: str, outcome: Outcome) -> None:
         """End a committed handover; with RUNNING the host stops and exits, with DISCARDED the guest runs on."""
+
+    async def migration_begin(self, migration: str, destination: str) -> None:
+        """Claim the guest and show whoever asks its host that it is being moved; ``busy`` while another moves it."""
+
+    def migration_progress(self, progress: Progress) -> None:
+        """Show figures to whoever asks the host; never waits, and a lost one does not matter."""
+
+    async def migration_end(self, status: str, error: str = "") -> None:
+        """Say how it ended: ``completed``, ``cancelled`` or ``failed``, and why."""
 
     async def close(self) -> None:
         """Leave: logging off, a pause of ours undone, unless committed. Idempotent."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from amig.dirty.hub import DirtyLogHub, HubUser
-from amig.guest import GuestInfo, Handover, LogStarted, Outcome, RunState
+from amig.guest import GuestInfo, Handover, LogStarted, Outcome, Progress, RunState
 from amig.memory import PAGE_SIZE, GuestMemory, MemoryMap, Pages, Region, Slot, Words
 from amig.pieces import Pieces
 from amig.sim.kernel_log import SimKernelLog
@@ -62,6 +62,9 @@ class ModelGuest:
         self.on_save: Callable[[], None] = lambda: None
         self.before_take: Callable[[], None] = lambda: None
         self.after_take: Callable[[], None] = lambda: None
+        self.on_cancel: Callable[[str], None] | None = None
+        self.registered = ""
+        self.progress = Progress()
 
     @property
     def info(self) -> GuestInfo:
@@ -136,6 +139,15 @@ class ModelGuest:
     async def release(self, migration: str, outcome: Outcome) -> None:
         self.calls.append(f"release {outcome}")
         self.state = RunState.STOPPED if outcome is Outcome.RUNNING else RunState.RUNNING
+
+    async def migration_begin(self, migration: str, destination: str) -> None:
+        self.registered = migration
+
+    def migration_progress(self, progress: Progress) -> None:
+        self.progress = progress
+
+    async def migration_end(self, status: str, error: str = "") -> None:
+        self.registered = ""
 
     async def close(self) -> None:
         self.calls.append("close")

@@ -390,3 +390,17 @@ async def test_a_snapshot_moves_into_a_waiting_host(tmp_path: Path) -> None:
     assert receiver.guest.array is not None
     np.testing.assert_array_equal(receiver.guest.array.arrays[0], guest.array.arrays[0])
     assert path.exists()
+
+
+async def test_a_guest_is_shown_its_migration_and_may_have_it_cancelled() -> None:
+    guest = busy_guest()
+    async with receiving() as receiver:
+        async with Migration(guest, receiver.address, SLOW) as migration:
+            async for event in migration:
+                if isinstance(event, Progress) and guest.progress.bytes_sent:
+                    assert guest.registered == migration.id
+                    assert guest.on_cancel is not None
+                    guest.on_cancel(migration.id)
+        assert migration.cancelled
+    assert guest.registered == ""
+    assert_stayed(guest)

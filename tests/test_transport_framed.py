@@ -287,6 +287,14 @@ async def test_a_block_where_a_message_is_due_is_refused():
         await FramedConnection(tape).receive()
 
 
+async def test_who_sends_after_another_task_saw_the_connection_end_has_lost_it_and_broken_nothing():
+    source = FramedConnection(Tape(), SourceProtocol())
+    await source.send_message(HELLO)
+    source.protocol.lost()
+    with pytest.raises(LinkLost, match="has ended"):
+        await source.send_block(described(), PAGES[:2].data)
+
+
 async def test_frames_out_of_place_are_neither_sent_nor_read():
     tape = Tape()
     source = FramedConnection(tape, SourceProtocol())

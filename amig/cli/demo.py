@@ -49,7 +49,8 @@ def demo(
         str, typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.")
     ] = "2MiB",
     dirty_log: Annotated[
-        str | None, typer.Option("--dirty-log", metavar="STRATEGY", help="slot-cache or auto-clear; else the best.")
+        str | None,
+        typer.Option("--dirty-log", metavar="STRATEGY", help="exact, slot-cache or auto-clear; else the best."),
     ] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="auto: KVM, or else the simulator.")] = Engine.AUTO,
     lose_a_page: Annotated[

@@ -106,7 +106,8 @@ def migrate(
         typer.Option(
             "--dirty-log",
             metavar="STRATEGY",
-            help="exact, slot-cache or auto-clear (or ring, if the host has one); else the best.",
+            help="exact, slot-cache or auto-clear, or ring for a guest that was started or received with "
+            "--dirty-ring; else the best that its host offers.",
             rich_help_panel=_STREAM,
         ),
     ] = None,

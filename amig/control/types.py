@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from amig.guest import Progress as Progress
 from amig.memory import MAX_REGIONS, MAX_SLOTS, MemoryMap, Region, Slot
 
 VERSION = 1
@@ -59,20 +60,6 @@ class Reply(Message, frozen=True, kw_only=True):
 
 class Notice(Message, frozen=True, kw_only=True):
     """Sent by the host unasked."""
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A migrator's own figures, for others to look at; the host only keeps the last. See `amig.events.Progress`."""
-
-    state: Short = ""
-    round: U64 = 0
-    fraction: float = 0.0
-    remaining_pages: U64 = 0
-    bytes_sent: U64 = 0
-    bytes_per_s: float = 0.0
-    dirty_bytes_per_s: float = 0.0
-    eta_s: float | None = None
-    waiting_for: Short = ""
 
 
 class GuestProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

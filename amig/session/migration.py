@@ -9,10 +9,10 @@ import uuid
 from collections.abc import Callable
 from types import TracebackType
 
-from amig.control.messages import Progress as ShownProgress
 from amig.errors import AmigError, Cancelled, UsageError
 from amig.events import ByteCounts, Event, PageCounts, Progress, Result, State, StateChanged, WindowMs
 from amig.guest import Guest
+from amig.guest import Progress as ShownProgress
 from amig.policy import Limits, Policy
 from amig.session.destination import Destination
 from amig.session.endpoints import open_destination, open_source, shown
@@ -162,19 +162,20 @@ class Migration:
             await asyncio.shield(self._leave(guest, ended))
 
     async def _announce(self, guest: Guest, destination: Destination) -> None:
-        begin = getattr(guest, "migration_begin", None)
-        if begin is not None:
-            await begin(self.id, destination.address)
-        guest.on_cancel = lambda _: self.cancel()  # type: ignore[attr-defined]
+        await guest.migration_begin(self.id, destination.address)
+
+        def cancel(_: str) -> None:
+            self.cancel()
+
+        guest.on_cancel = cancel
 
     async def _leave(self, guest: Guest, error: BaseException | None) -> None:
-        end = getattr(guest, "migration_end", None)
         state = self._session.state if self._session else State.FAILED
         if not state.final:
             state = State.CANCELLED if isinstance(error, asyncio.CancelledError) else State.FAILED
-        if end is not None:
-            with contextlib.suppress(AmigError):
-                await end(str(state), str(error)[:4096] if state is State.FAILED and error is not None else "")
+        with contextlib.suppress(AmigError):
+            reason = str(error)[:4096] if state is State.FAILED and error is not None else ""
+            await guest.migration_end(str(state), reason)
         await guest.close()
 
     # --- steering ----------------------------------------------------------------------------------------------------
@@ -287,18 +288,16 @@ class Migration:
         if self._on_event is not None:
             self._on_event(event)
         if isinstance(event, Progress) and self._guest is not None:
-            show = getattr(self._guest, "migration_progress", None)
-            if show is not None:
-                show(
-                    ShownProgress(
-                        state=str(event.state),
-                        round=event.round,
-                        fraction=event.fraction,
-                        remaining_pages=event.remaining_pages,
-                        bytes_sent=event.bytes_sent,
-                        bytes_per_s=event.bytes_per_s,
-                        dirty_bytes_per_s=event.dirty_bytes_per_s,
-                        eta_s=event.eta_s,
-                        waiting_for=event.waiting_for,
-                    )
+            self._guest.migration_progress(
+                ShownProgress(
+                    state=str(event.state),
+                    round=event.round,
+                    fraction=event.fraction,
+                    remaining_pages=event.remaining_pages,
+                    bytes_sent=event.bytes_sent,
+                    bytes_per_s=event.bytes_per_s,
+                    dirty_bytes_per_s=event.dirty_bytes_per_s,
+                    eta_s=event.eta_s,
+                    waiting_for=event.waiting_for,
                 )
+            )

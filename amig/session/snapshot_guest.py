@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from amig import bitmap
 from amig.errors import ControlError
-from amig.guest import GuestInfo, Handover, LogStarted, Outcome, RunState
+from amig.guest import GuestInfo, Handover, LogStarted, Outcome, Progress, RunState
 from amig.host.memory import MemfdMemory
 from amig.memory import GuestMemory, MemoryMap, Pages, Words
 from amig.session.restore import restore
@@ -140,6 +140,15 @@ class SnapshotGuest:
         """Either way the file stays."""
         if outcome is Outcome.DISCARDED:
             raise ControlError("the destination discarded the guest; the snapshot is still there", code="discarded")
+
+    async def migration_begin(self, migration: str, destination: str) -> None:
+        """Nobody looks at a file."""
+
+    def migration_progress(self, progress: Progress) -> None:
+        """As above."""
+
+    async def migration_end(self, status: str, error: str = "") -> None:
+        """As above."""
 
     async def close(self) -> None:
         """Give the memory back."""

@@ -226,6 +226,8 @@ class FramedConnection:
         except LocalProtocolError:
             if self._refused:  # it came while this was being made: no bug, and its reason is about to be read
                 raise LinkLost(f"{self.peer} has given up") from None
+            if self.protocol.ended:  # another task saw the end of the connection first
+                raise LinkLost(f"the connection to {self.peer} has ended") from None
             raise
 
     def _expect(self, header: FrameHeader) -> None:

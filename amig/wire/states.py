@@ -275,6 +275,8 @@ class Protocol(Generic[S]):
         self._state: S = start
         self._table = table
         self._lost = lost
+        self.ended = False
+        """Whether the connection is known to have gone."""
 
     @property
     def state(self) -> S:
@@ -306,6 +308,7 @@ class Protocol(Generic[S]):
 
     def lost(self) -> S:
         """Note that the connection has gone and return the new state."""
+        self.ended = True
         self._state = self._lost[self._state]
         return self._state
 
