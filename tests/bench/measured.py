@@ -27,6 +27,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """From the command (for amig: the start of the process ``amig migrate``) to the guest's first beat over there."""
     start_s: float | None = None
     """Of it, until the migration began: amig's program is loaded, QEMU's runs already."""
+    start_cpu_s: float | None = None
+    """Processor seconds of that start; they are in ``cpu_source_s``, too."""
     told_s: float | None = None
     """Total time in the tool's own words."""
     downtime_ms: float | None = None
@@ -70,6 +72,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         if self.cpu_source_s is None or self.cpu_destination_s is None:
             return None
         return self.cpu_source_s + self.cpu_destination_s
+
+    @property
+    def moving_cpu_s(self) -> float | None:
+        """Processor seconds without the start of the program."""
+        return None if self.cpu_s is None else self.cpu_s - (self.start_cpu_s or 0.0)
 
     @property
     def extra_bytes(self) -> int | None:

@@ -90,10 +90,10 @@ async def _amig(scenario: Scenario, mode: Mode, preallocated: bool, place: Place
             async def joined(pid: int) -> None:
                 await observer.tell("with", pid)
 
-            at, began, result = await ours.migrate(scenario, mode, pair, place, joined, timeout=scenario.limit)
+            began, result = await ours.migrate(scenario, mode, pair, place, joined, timeout=scenario.limit)
             ours.figures(result, known)
-            await _landed(observer, at, known)
-            known["start_s"] = began - at
+            await _landed(observer, began.command, known)
+            known |= {"start_s": began.migration - began.command, "start_cpu_s": began.cpu_s}
     _add_limit(scenario, known)
 
 

@@ -16,6 +16,7 @@ from amig.children import Child, Place
 from amig.errors import HostError
 from amig.events import Result
 from amig.host.images import image_path
+from tests.bench import processes
 from tests.bench.measured import TooLong
 from tests.bench.scenarios import Mode, Scenario
 
@@ -29,6 +30,16 @@ class Pair:
     source: Child
     destination: Child
     address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Began:
+    """How a migration began. Times are of CLOCK_MONOTONIC, in seconds."""
+
+    command: float
+    migration: float
+    cpu_s: float
+    """What the process had used until then."""
 
 
 @asynccontextmanager
@@ -63,8 +74,8 @@ def command(scenario: Scenario, mode: Mode, pair: Pair) -> list[str]:
 
 async def migrate(
     scenario: Scenario, mode: Mode, pair: Pair, place: Place, joined: Any, *, timeout: float
-) -> tuple[float, float, Result]:
-    """Run the command; returns when it was given and when its migration began (CLOCK_MONOTONIC), and its result.
+) -> tuple[Began, Result]:
+    """Run the command; returns when it was given and how its migration began, and its result.
 
     ``joined`` is awaited with the process's number as soon as there is one. Raises `HostError` for a command that ends
     without a result, and `TooLong`.
@@ -75,7 +86,11 @@ async def migrate(
         try:
             await joined(migrator.process.pid)
             line = await migrator.line("event")
-            began = line["at"] - time.time() + time.monotonic()
+            began = Began(
+                command=at,
+                migration=line["at"] - time.time() + time.monotonic(),
+                cpu_s=processes.cpu_s(migrator.process.pid),
+            )
             async with asyncio.timeout(timeout):
                 while line["event"] != "result":
                     line = await migrator.line("event", timeout=2 * timeout)
@@ -87,7 +102,7 @@ async def migrate(
             if isinstance(error, TimeoutError):
                 raise TooLong(timeout, rounds, left) from None
             raise
-        return at, began, msgspec.convert(line, Result)
+        return began, msgspec.convert(line, Result)
 
 
 def figures(result: Result, run: dict[str, Any]) -> None:

@@ -175,6 +175,10 @@ FIGURES: dict[str, tuple[str, Figure]] = {
 }
 
 
+STARTED: dict[str, Figure] = {"total_s": lambda run: run.moving_s, "cpu_s": lambda run: run.moving_cpu_s}
+"""The figures that the start of a program is part of, without it."""
+
+
 def find(scenario: Scenario, modes: Sequence[Mode], runs: Sequence[Run]) -> Iterable[Finding]:
     """Yield the scenario's own targets, then those of T7 and T8 that hold for every scenario."""
     names = {mode.name for mode in modes}
@@ -218,9 +222,8 @@ def _held(scenario: Scenario, target: Target, runs: Sequence[Run], general: str 
             name = theirs
         others = [run for run in runs if run.mode == name]
         found = ratios(ours, others, figure)
-        loaded = None
-        if target.figure == "total_s":
-            loaded = ratios(ours, others, lambda run: run.moving_s if run.side == "amig" else run.total_s)
+        without = STARTED.get(target.figure)
+        loaded = None if without is None else ratios(ours, others, without)
     return Finding(
         text=f"{general or scenario.name + ': '}{what} of {target.ours.name}, by {theirs}",
         preallocated=runs[0].preallocated,
