@@ -55,8 +55,9 @@ class Peer:
         self._connect_timeout = connect_timeout
         self._handover_timeout = handover_timeout
         self._links: list[FramedConnection] = []
+        self._migration = ""
         self._protocol = SourceProtocol()
-        self._placed: Placed = lambda _: None
+        self._placed: Placed = _nothing_sent
         loop = asyncio.get_running_loop()
         self._prepared: asyncio.Future[Prepared] = loop.create_future()
         self._outcome: asyncio.Future[Outcome] = loop.create_future()
@@ -75,6 +76,7 @@ class Peer:
             ) from None
 
     async def _open(self, hello: Hello) -> str:
+        self._migration = hello.migration
         first = await self._connect(self._protocol)
         await first.send_message(hello)
         answer = await _answer(first)
@@ -134,8 +136,14 @@ class Peer:
         match message:
             case PlacedMessage():
                 self._placed(message.round)
+            case Prepared() if message.migration != self._migration:
+                raise PeerError(f"{self.address} is prepared for another migration")
             case Prepared():
                 self._prepared.set_result(message)
+            case Running() | Discarded() if message.migration != self._migration:
+                # As in `listen`: the handover must be told.
+                if not self._outcome.done():
+                    self._outcome.set_exception(PeerError(f"{self.address} answered for another migration"))
             case Running():
                 self._outcome.set_result(Outcome.RUNNING)
             case Discarded():
@@ -217,6 +225,10 @@ class Peer:
         for link in links:
             with contextlib.suppress(LinkLost, OSError):
                 await link.close()
+
+
+def _nothing_sent(round_: int) -> None:
+    raise PeerError(f"the peer says that it has placed all of round {round_}, which was not sent")
 
 
 async def _answer(link: FramedConnection) -> Message:

@@ -17,7 +17,7 @@ import hashlib
 import time
 
 from amig.aio import to_its_end
-from amig.errors import AmigError, ControlError, InDoubt
+from amig.errors import AmigError, ControlError, InDoubt, LinkLost
 from amig.events import Notice, State, StateChanged
 from amig.guest import Guest, Handover, LogStarted, Outcome
 from amig.host.stock import in_use
@@ -34,6 +34,8 @@ from amig.wire.messages import End, Hello
 
 PROGRESS_PERIOD = 0.1
 """Seconds between two progress events."""
+SLOW = 4
+"""Times the expected downtime that a paused guest waits, beside the time that the handover has."""
 
 
 class SourceSession:
@@ -70,6 +72,7 @@ class SourceSession:
         self._meter = ProgressMeter(self.stats, self._convergence, tell)
         self._ledger = Ledger(guest.info.memory.regions)
         self._paused_at = 0.0
+        self._paused = asyncio.Event()
 
     @property
     def can_cancel(self) -> bool:
@@ -148,8 +151,10 @@ class SourceSession:
                 observer=self._meter,
                 on_pause=self._pausing,
             )
+            patience = group.create_task(self._bound_pause())
             state = await pipeline.run()
             await self._destination.finish(state, self._end(state))
+            patience.cancel()
             await self._hand_over()
             listener.cancel()
             ticker.cancel()
@@ -222,8 +227,23 @@ class SourceSession:
             await asyncio.sleep(PROGRESS_PERIOD)
             self._tell(self._meter.now(self.state))
 
+    async def _bound_pause(self) -> None:
+        """Raise `LinkLost` when the destination has the paused guest wait for far longer than was to be expected."""
+        await self._paused.wait()
+        if self._destination.one_way:
+            return
+        rate = self._convergence.rate(self.stats.link.bytes_per_s)
+        expected = self._convergence.downtime(self._convergence.history[-1], rate) if rate else 0.0
+        limit = self._policy.handover_timeout + SLOW * expected
+        await asyncio.sleep(limit)
+        raise LinkLost(
+            f"{self._destination.address} did not take the last pages of the paused guest within {limit:.3g} s "
+            f"({expected:.3g} s were expected), so it runs on here (--handover-timeout waits longer)"
+        )
+
     def _pausing(self) -> None:
         self._paused_at = time.monotonic()
+        self._paused.set()
         self._enter(State.SWITCHOVER)
 
     def _running_again(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from amig import bitmap
+from amig.errors import PeerError
 from amig.memory import WORD_PAGES, Region, Words
 
 
@@ -45,7 +46,9 @@ class Ledger:
         self._notify()
 
     def placed(self, round_: int) -> None:
-        """The peer has placed this round and all before it."""
+        """The peer has placed this round and all before it; raises `PeerError` for one that it can't have yet."""
+        if round_ not in self._taken:
+            raise PeerError(f"the peer says that it has placed all of round {round_}, which was not sent")
         for done in [r for r in self._open if r <= round_]:
             del self._open[done]
         self._placed = max(self._placed, round_)
