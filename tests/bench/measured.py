@@ -51,6 +51,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     cpu_source_s: float | None = None
     cpu_destination_s: float | None = None
     cpu_vcpu_s: float | None = None
+    observer_cpu_s: float | None = None
     source_bytes: int | None = None
     destination_bytes: int | None = None
     limit_s: float | None = None

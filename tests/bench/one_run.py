@@ -157,6 +157,7 @@ async def _landed(observer: Observer, at: float, known: dict[str, Any]) -> None:
         cpu_source_s=seen.cpu_source_s,
         cpu_destination_s=seen.cpu_destination_s,
         cpu_vcpu_s=seen.cpu_vcpu_s,
+        observer_cpu_s=seen.observer_cpu_s,
         source_bytes=seen.source_bytes,
         destination_bytes=seen.destination_bytes,
     )
