@@ -88,6 +88,7 @@ class _Link:
         case = await self._relay.seen(send)
         if case is None:
             await self._pass(writer, data, receiver)
+            await self._relay.passed(send)
         else:
             at = {Position.BEFORE: 0, Position.HEADER: 8, Position.PAYLOAD: (HEADER_SIZE + len(data) + 1) // 2}
             cut = at.get(case.position, len(data))
@@ -135,6 +136,7 @@ class Relay:
         self._faults = list(faults)
         self._counts = [0] * len(faults)
         self._hooks: dict[Send, Hook] = {}
+        self._hooks_after: dict[Send, Hook] = {}
         self.links: list[_Link] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -144,9 +146,15 @@ class Relay:
         assert self._server is not None
         return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
-    def on(self, send: Send, hook: Hook) -> None:
-        """Await ``hook`` before the first such frame is passed on; the other direction goes on meanwhile."""
-        self._hooks[send] = hook
+    def on(self, send: Send, hook: Hook, *, after: bool = False) -> None:
+        """Await ``hook`` before (or after) the first such frame is passed on; the other direction goes on meanwhile."""
+        (self._hooks_after if after else self._hooks)[send] = hook
+
+    async def passed(self, send: Send) -> None:
+        """A frame has been passed on."""
+        hook = self._hooks_after.pop(send, None)
+        if hook is not None:
+            await hook()
 
     async def __aenter__(self) -> Relay:
         self._server = await asyncio.start_server(self._come, "127.0.0.1", 0)
