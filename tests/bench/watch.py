@@ -1,7 +1,7 @@
 """The observer of one migration, amig's or QEMU's: ``python -m tests.bench.watch SOURCE-PID DESTINATION-PID``.
 
 It must see the pause to a tenth of a millisecond and not take a processor of two from what it measures. So it looks
-once a millisecond while the guest beats, and closely only once the beat has stopped: the *last* beat is not caught in
+every two milliseconds while the guest beats, and closely only once the beat has stopped: the *last* beat is not caught in
 the act but read afterwards, from the time stamp that the guest stores with it, translated to this machine's clock by
 what earlier looks have seen; the *first* beat at the destination is caught by looking closely.
 
@@ -25,7 +25,7 @@ import msgspec
 from tests.bench import processes
 from tests.bench.lowmem import HEARTBEAT, TSC, WRITES, LowMemory, held
 
-FAR, NEAR = 1e-3, 100e-6
+FAR, NEAR = 2e-3, 100e-6
 """Seconds between two looks: while it beats, and while it does not."""
 STALL = 2_500_000
 """Nanoseconds without a beat after which to look closely. The guest beats every 0.1 to 0.2 ms, but where there are more
