@@ -1,8 +1,8 @@
 """The observer of one migration, amig's or QEMU's: ``python -m tests.bench.watch SOURCE-PID DESTINATION-PID``.
 
 It must see the pause to a tenth of a millisecond and not take a processor of two from what it measures. So it looks
-every two milliseconds while the guest beats, and closely only once the beat has stopped: the *last* beat is not caught in
-the act but read afterwards, from the time stamp that the guest stores with it, translated to this machine's clock by
+every two milliseconds while the guest beats, and closely only once the beat has stopped: the *last* beat is not caught
+in the act but read afterwards, from the time stamp that the guest stores with it, translated to this machine's clock by
 what earlier looks have seen; the *first* beat at the destination is caught by looking closely.
 
 Lines on standard input: ``settle``, ``go``, ``with PID`` (a further process of the source), end of file. Each is
