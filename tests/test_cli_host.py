@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from amig import errors
-from tests.commands import SIMULATED, amig, homes, move, ok, process, receiving, running, wait
+from tests.commands import SIMULATED, TIMEOUT, amig, homes, move, ok, process, receiving, running, wait
 
 __all__ = ["homes"]
 
@@ -217,6 +220,33 @@ def test_a_signal_cancels_a_migration(number: signal.Signals) -> None:
             migrate.until("cancelling; the guest stays")
             assert migrate.end().code == 130
         assert ok("status", "a", "--json").lines[0]["state"] == "running"
+
+
+def test_a_reader_that_does_not_read_does_not_stop_the_migration() -> None:
+    full, stdout = os.pipe()
+    try:
+        os.set_blocking(stdout, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(stdout, b"#" * 4096):
+                pass
+        os.set_blocking(stdout, True)
+        with running("a", *BUSY) as source, receiving("b") as (destination, address):
+            words = [sys.executable, "-m", "amig", "migrate", "a", address, "--json"]
+            with subprocess.Popen(words, stdout=stdout, start_new_session=True) as migrate:
+                try:
+                    destination.until('"running"')
+                    assert source.end().code == 0
+                    assert migrate.poll() is None, "it still has to say so"
+                    os.close(full)
+                    full = -1
+                finally:
+                    migrate.terminate()
+                    migrate.wait(TIMEOUT)
+            ok("stop", "b")
+    finally:
+        for descriptor in (full, stdout):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def test_a_guest_that_writes_too_fast_stays_or_moves_as_asked() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +16,8 @@ from amig.cli.app import command
 from amig.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
-    from amig.events import Result
+    from amig.cli.progress import Display
+    from amig.events import Event, Result
     from amig.policy import Policy
     from amig.transport import LinkOptions
 
@@ -183,6 +186,7 @@ def migrate(
 
 
 async def _migrate(request: Request) -> Result:
+    from amig.aio import finish
     from amig.cli.event_log import event_log
     from amig.cli.loop import on_signals
     from amig.cli.progress import display
@@ -203,22 +207,30 @@ async def _migrate(request: Request) -> Result:
             say.note("amig: too late to cancel: the destination has the guest, and only its answer is awaited")
 
     title = f"{request.source} to {without_secret(request.destination)}"
-    async with event_log(request.log) as write:
-        with on_signals(cancel), display(title, quiet=request.json) as shown:
-            await migration.__aenter__()
-            try:
-                async for event in migration:
-                    shown.show(event)
-                    if request.json:
-                        say.json_line(event)
-                    await write(event)
-            except BaseException:
-                migration.cancel()
-                raise
-            finally:
-                result = await migration.result()
-        await write(result)
+    # A thread of its own: a terminal that was stopped, or a reader that does not read, must not stop the migration,
+    # least of all while the guest is paused. What piles up meanwhile is bounded by the migration's queue of events.
+    with ThreadPoolExecutor(1, "amig-voice") as voice:
+        loop = asyncio.get_running_loop()
+        async with event_log(request.log) as write:
+            with on_signals(cancel), display(title, quiet=request.json) as shown:
+                await migration.__aenter__()
+                try:
+                    async for event in migration:
+                        await finish(loop.run_in_executor(voice, _tell, shown, event, request.json))
+                        await write(event)
+                except BaseException:
+                    migration.cancel()
+                    raise
+                finally:
+                    result = await migration.result()
+            await write(result)
     return result
+
+
+def _tell(shown: Display, event: Event, json: bool) -> None:
+    shown.show(event)
+    if json:
+        say.json_line(event)
 
 
 def report(result: Result) -> str:
