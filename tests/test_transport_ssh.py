@@ -15,6 +15,9 @@ import pytest
 import amig
 from amig import transport
 from amig.errors import HostError, LinkLost, NameTaken, PeerError, Refused, UsageError
+from amig.guest import Outcome
+from amig.host.handover import Records
+from amig.session.asking import asked
 from amig.session.endpoints import open_destination
 from amig.transport import LinkOptions, ssh, stdio
 from amig.transport.address import SshAddress
@@ -59,6 +62,32 @@ async def test_a_guest_goes_to_a_host_that_ssh_has_started_and_that_outlives_ssh
     finally:
         stopped = await asyncio.to_thread(far.amig, "stop", "web1")
     assert stopped.returncode == 0, stopped
+
+
+async def test_a_host_far_away_answers_whether_it_lives_or_not(far):
+    """What became of a migration is asked through ssh, too, while the guest runs there, and when its host has gone."""
+    migration = "0123456789abcdef" * 2
+    records = Records(far.folder / "state" / "amig")
+    with pytest.raises(Refused, match="nothing is known here of migration"):
+        async with asked(far.address("web1"), migration, far.options, timeout=60):
+            pass
+    arrival = records.arriving("web1")
+    arrival.run(migration)
+    arrival.close()
+    host = await asyncio.to_thread(
+        subprocess.Popen,
+        [sys.executable, "-m", "amig", "run", "web1", "--engine", "simulator", "--workload", "idle", "--json"],
+        env=os.environ | far.environment,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert await asyncio.to_thread(host.stdout.readline)
+        async with asked(far.address("web1"), migration, far.options, timeout=60) as outcome:
+            assert outcome is Outcome.RUNNING
+    finally:
+        host.terminate()
+        await asyncio.to_thread(host.communicate)
+    await until(lambda: records.outcome(migration) is None, "the answer was confirmed")
 
 
 @pytest.mark.usefixtures("homes")

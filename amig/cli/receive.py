@@ -81,6 +81,9 @@ def receive(
     stdio: Annotated[
         bool, typer.Option("--stdio", help="The far side of ssh://: standard input and output are the connection.")
     ] = False,
+    answer: Annotated[
+        bool, typer.Option("--answer", hidden=True, help="With --stdio: only answer a question.")
+    ] = False,
     insecure: options.Insecure = False,
     tls_cert: options.TlsCert = None,
     tls_key: options.TlsKey = None,
@@ -126,6 +129,11 @@ def receive(
     from amig.transport.address import parse_socket
 
     where = _where(address, pair=pair, stdio=stdio)
+    if answer:
+        if not stdio:
+            raise UsageError("--answer goes with --stdio")
+        run_loop(_only_answer(ssh_side.take_over()))
+        return
     link = options.link(insecure=insecure, cert=tls_cert, key=tls_key, ca=tls_ca)
     patience = options.seconds("--pair-for", pair_for)
     warning = ""
@@ -163,6 +171,19 @@ def receive(
     logging.getLogger("amig.session.reception").setLevel(logging.ERROR)  # we tell of failed attempts ourselves
     host = Host(name, choice, json=json, lifeline=lifeline, link=link)
     raise typer.Exit(run_loop(_receive(host, request)))
+
+
+async def _only_answer(ends: tuple[int, int]) -> None:
+    """Say what became of a migration to here, whether or not its host lives."""
+    from amig.host.handover import Records
+    from amig.session.questions import HostRecords, answer_only
+    from amig.transport.stdio import StdioListener
+
+    listener = StdioListener(*ends)
+    try:
+        await answer_only(await listener.accept(), HostRecords(Records()))
+    finally:
+        await listener.close()
 
 
 def _where(address: str | None, *, pair: bool, stdio: bool) -> str | None:

@@ -28,7 +28,7 @@ async def query(dialer: Dialer, migration: str, *, timeout: float = PATIENCE) ->
     Raises `Refused` (the text says why: nothing known there, or busy), `LinkLost`, `PeerError`, `Untrusted`,
     `HostError`; within twice ``timeout`` seconds.
     """
-    link = FramedConnection(await dialer.connect(timeout=timeout), SourceProtocol())
+    link = FramedConnection(await dialer.connect(timeout=timeout, asking=True), SourceProtocol())
     try:
         async with asyncio.timeout(timeout):
             await link.send_message(Query(migration=migration))

@@ -12,9 +12,11 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from amig.aio import settled
 from amig.errors import AmigError, LinkLost, MigrationError, PeerError
 from amig.guest import Outcome
-from amig.transport import Listener
+from amig.host import handover
+from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
 from amig.wire.messages import Discarded, Ping, Query, Refuse, Running
 from amig.wire.states import DestinationProtocol
@@ -27,7 +29,7 @@ UNKNOWN = "unknown"
 
 
 class Records:
-    """Where the answers are. This one knows nothing; `amig.session.reception` has the host's."""
+    """Where the answers are. This one knows nothing."""
 
     async def outcome(self, migration: str) -> Outcome | None:
         """Return, durably, who runs the guest; None where nothing is known."""
@@ -35,6 +37,21 @@ class Records:
 
     async def settled(self, migration: str) -> None:
         """The source has the answer on record."""
+
+
+class HostRecords(Records):
+    """The durable answers of this user's hosts on this machine."""
+
+    def __init__(self, records: handover.Records) -> None:
+        self._records = records
+
+    async def outcome(self, migration: str) -> Outcome | None:
+        """See `Records.outcome`."""
+        return await settled(asyncio.to_thread(self._records.outcome, migration))
+
+    async def settled(self, migration: str) -> None:
+        """See `Records.settled`."""
+        await settled(asyncio.to_thread(self._records.settled, migration))
 
 
 class Answered(NamedTuple):
@@ -101,17 +118,25 @@ async def attend(listener: Listener, records: Records, *, until: Callable[[Answe
     One at a time: each has `PATIENCE`. Cancelling ends it.
     """
     while True:
-        link = FramedConnection(await listener.accept(), DestinationProtocol())
-        try:
-            async with asyncio.timeout(2 * PATIENCE):
-                message = await link.receive()
-                if isinstance(message, Query):
-                    if until(await answer(link, message, records)):
-                        return
-                else:
-                    await link.send_message(Refuse(code="busy", reason="there is a guest here already"))
-                await link.close()
-        except (LinkLost, PeerError, TimeoutError, OSError):
-            pass
-        finally:
-            link.abort()
+        answered = await answer_only(await listener.accept(), records)
+        if answered is not None and until(answered):
+            return
+
+
+async def answer_only(connection: Connection, records: Records) -> Answered | None:
+    """Answer the question on a connection and close it; refuse anything else, and return None."""
+    link = FramedConnection(connection, DestinationProtocol())
+    answered: Answered | None = None
+    try:
+        async with asyncio.timeout(2 * PATIENCE):
+            message = await link.receive()
+            if isinstance(message, Query):
+                answered = await answer(link, message, records)
+            else:
+                await link.send_message(Refuse(code="busy", reason="there is a guest here already"))
+            await link.close()
+    except (LinkLost, PeerError, TimeoutError, OSError):
+        pass
+    finally:
+        link.abort()
+    return answered

@@ -13,15 +13,14 @@ from types import TracebackType
 
 from amig.aio import settle
 from amig.errors import AmigError, HostError, PeerError, UsageError
-from amig.guest import Outcome
-from amig.host.hosted import Ended, HostedGuest, How
+from amig.host.hosted import Ended, How
 from amig.host.kvm_machine import KvmMachine
 from amig.host.local import Builder
 from amig.host.relay import Sink
 from amig.host.service import HostService
 from amig.host.stock import MemoryStock
 from amig.session.inbound import Inbound, Phase
-from amig.session.questions import Records, WasAsked, attend
+from amig.session.questions import HostRecords, WasAsked, attend
 from amig.session.release import RELEASE
 from amig.session.restore import restore
 from amig.sim.guest import SimMachine
@@ -254,7 +253,9 @@ class Reception:
         """The guest runs here: listen on until the source has that on record, since it may have lost our word."""
         try:
             if not await inbound.confirmed():
-                await attend(listener, _Answers(self.service.hosted), until=lambda answered: answered.confirmed)
+                await attend(
+                    listener, HostRecords(self.service.hosted.records), until=lambda answered: answered.confirmed
+                )
         except AmigError as error:
             _log.warning("nobody can ask any more what became of migration %s: %s", inbound.migration, error)
         finally:
@@ -275,7 +276,7 @@ class Reception:
             workers=self._workers,
             on_phase=self._on_phase,
             admit=self._admit,
-            records=_Answers(self.service.hosted),
+            records=HostRecords(self.service.hosted.records),
         )
         try:
             await inbound.run()
@@ -286,19 +287,6 @@ class Reception:
                 raise PeerError(f"the migration failed here: {error}") from error
             raise
         self._answering = asyncio.create_task(self._answer(inbound, listener), name=f"amig-answers-{self._name}")
-
-
-class _Answers(Records):
-    """The durable answers of this user's hosts on this machine."""
-
-    def __init__(self, hosted: HostedGuest) -> None:
-        self._hosted = hosted
-
-    async def outcome(self, migration: str) -> Outcome | None:
-        return await self._hosted.vm.call(self._hosted.records.outcome, migration)
-
-    async def settled(self, migration: str) -> None:
-        await self._hosted.vm.call(self._hosted.records.settled, migration)
 
 
 async def receive(

@@ -36,9 +36,12 @@ class Dialer:
         """How many connections can be had at once; None: any number."""
         return 1 if isinstance(self._where, SshAddress) else None
 
-    async def connect(self, *, timeout: float) -> Connection:
-        """Connect; raises `LinkLost`, `Untrusted`, `PeerError`, `Refused`, `HostError` within ``timeout`` seconds."""
-        connection = await self._connect(timeout)
+    async def connect(self, *, timeout: float, asking: bool = False) -> Connection:
+        """Connect; ``asking`` is for what became of a migration, instead of beginning one.
+
+        Raises `LinkLost`, `Untrusted`, `PeerError`, `Refused`, `HostError` within ``timeout`` seconds.
+        """
+        connection = await self._connect(timeout, asking)
         if self._first is None:
             self._first = connection.identity
         elif not hmac.compare_digest(self._first, connection.identity):
@@ -49,14 +52,14 @@ class Dialer:
             )
         return connection
 
-    async def _connect(self, timeout: float) -> Connection:
+    async def _connect(self, timeout: float, asking: bool) -> Connection:
         where = self._where
         if self._pairing is not None:
             return await self._pairing.connect(timeout=timeout)
         if self._context is not None and isinstance(where, TlsAddress):
             return await tls.connect(where, self._context, timeout=timeout)
         if isinstance(where, SshAddress):
-            return await ssh.connect(where, self._options, timeout=timeout)
+            return await ssh.connect(where, self._options, timeout=timeout, asking=asking)
         if isinstance(where, TcpAddress):
             return await tcp.connect(where, timeout=timeout)
         if isinstance(where, TlsAddress):

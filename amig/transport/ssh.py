@@ -46,23 +46,27 @@ _NO_COMMAND: Final = (126, 127)
 _log = logging.getLogger(__name__)
 
 
-def command_line(address: SshAddress, options: LinkOptions, *, timeout: float) -> list[str]:
-    """Return what is run. Everybody can read it (ps): there is no secret in it."""
+def command_line(address: SshAddress, options: LinkOptions, *, timeout: float, asking: bool = False) -> list[str]:
+    """Return what is run; ``asking`` only starts what answers from records.
+
+    Everybody can read it (ps): there is no secret in it.
+    """
     where = ["-p", str(address.port)] if address.port is not None else []
     if address.user is not None:
         where += ["-l", address.user]
     patience = f"-oConnectTimeout={max(1, math.ceil(timeout))}"
-    there = f"{options.remote_amig} receive --stdio --detach --name {shlex.quote(address.name)}"
+    way = "--answer" if asking else "--detach"
+    there = f"{options.remote_amig} receive --stdio {way} --name {shlex.quote(address.name)}"
     return [*options.ssh, *_OPTIONS, patience, *where, "--", address.host, there]
 
 
-async def connect(address: SshAddress, options: LinkOptions, *, timeout: float) -> SshConnection:
+async def connect(address: SshAddress, options: LinkOptions, *, timeout: float, asking: bool = False) -> SshConnection:
     """Start ssh and wait until amig answers on the far side.
 
     Raises `LinkLost` (ssh did not get there), `HostError` (no ssh here, no amig there), `Refused` (amig said no there),
     `PeerError` (something else answered); within ``timeout`` seconds. Cancelling ends ssh.
     """
-    connection = SshConnection.start(command_line(address, options, timeout=timeout), str(address))
+    connection = SshConnection.start(command_line(address, options, timeout=timeout, asking=asking), str(address))
     try:
         async with asyncio.timeout(timeout):
             await connection.greeted()
