@@ -90,6 +90,8 @@ class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
     sent: int = 0
     zero: int = 0
     resent: int = 0
+    delta: int = 0
+    """Sent as their difference from an earlier version."""
 
 
 class ByteCounts(msgspec.Struct, frozen=True, kw_only=True):

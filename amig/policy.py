@@ -47,6 +47,8 @@ class Policy:
     compression: Compression = "none"
     level: int = 1
     """zstd level, 1 to 19."""
+    delta_cache: int = 0
+    """Bytes of memory for page versions that were sent, so that pages sent again travel as their difference."""
     workers: int = 1
     """Threads that compress, and that decompress on the destination."""
     streams: int = 1
@@ -67,6 +69,7 @@ class Policy:
             (self.chunk_span is None or self.chunk_span >= MIN_CHUNK, "a chunk span below 256KiB"),
             (self.compression in ("none", "zstd", "auto"), "compression that is not none, zstd or auto"),
             (1 <= self.level <= 19, "a zstd level that is not between 1 and 19"),
+            (0 <= self.delta_cache <= 1 << 44, "a delta cache that is not between 0 and 16 TiB"),
             (1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),
             (1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
             (self.connect_timeout > 0 and self.handover_timeout > 0, "a time limit that is not above 0"),
@@ -132,7 +135,7 @@ class Convergence:
             self.pace += (size / seconds - self.pace) * (0.5 if self.pace else 1.0)
 
     def rate(self, link: float) -> float:
-        """Return the bytes a second to count with; ``link`` is what the link carries while it is being sent on."""
+        """Return the bytes of memory a second to count with; ``link``: what the link carries while it is sent on."""
         return min(link, self.pace) if self.pace else link
 
     def downtime(self, remaining_bytes: float, rate: float) -> float:

@@ -48,6 +48,7 @@ class LinkMeter:
         self._active = 0
         self._since = 0
         self._bytes = 0.0
+        self._carried = 0.0
         self._busy_ns = 0.0
 
     def begin(self, now_ns: int) -> None:
@@ -56,10 +57,12 @@ class LinkMeter:
             self._since = now_ns
         self._active += 1
 
-    def end(self, now_ns: int, sent: int) -> None:
-        """A connection has sent ``sent`` bytes."""
-        fade = float(np.exp(-sent / self._memory))
+    def end(self, now_ns: int, sent: int, carried: int | None = None) -> None:
+        """A connection has sent ``sent`` bytes, which stand for ``carried`` bytes of memory; None: as many."""
+        carried = sent if carried is None else carried
+        fade = float(np.exp(-max(sent, carried) / self._memory))
         self._bytes = self._bytes * fade + sent
+        self._carried = self._carried * fade + carried
         self._busy_ns = self._busy_ns * fade + (now_ns - self._since)
         self._since = now_ns
         self._active -= 1
@@ -68,6 +71,11 @@ class LinkMeter:
     def bytes_per_s(self) -> float:
         """The rate, or 0 before anything was sent."""
         return self._bytes / self._busy_ns * 1e9 if self._busy_ns else 0.0
+
+    @property
+    def memory_per_s(self) -> float:
+        """The same in bytes of guest memory: more than the link's when they travel compressed."""
+        return self._carried / self._busy_ns * 1e9 if self._busy_ns else 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +90,8 @@ class MigrationStats:
     """Zero pages sent as a bit, counted each time."""
     pages_holes: int = 0
     """Pages that nothing was ever put into: zero, and not even a bit is sent."""
+    pages_delta: int = 0
+    """Those of which only the difference from an earlier version was sent."""
     pages_resent: int = 0
     """Pages sent (as content or as a zero bit) after they had been sent before."""
     bytes_memory: int = 0

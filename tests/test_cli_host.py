@@ -45,7 +45,7 @@ def test_a_guest_moves_from_shell_to_shell(tmp_path: Path) -> None:
         assert result["engine"] == "simulator"
         for key in ("id", "total_ms", "downtime_ms", "rounds", "dirty_log", "link_bytes_per_s"):
             assert result[key], key
-        assert set(result["pages"]) == {"total", "sent", "zero", "resent"}
+        assert set(result["pages"]) == {"total", "sent", "zero", "resent", "delta"}
         assert set(result["bytes"]) == {"memory", "wire"}
         assert set(result["window_ms"]) == {"p50", "p99", "max"}
         assert (tmp_path / "log").read_text() == said.out

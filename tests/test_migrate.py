@@ -75,6 +75,17 @@ async def test_four_streams_and_compression(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cache", [1 << 30, 2 * MIB], ids=["all-memory", "too-small"])
+async def test_differences_instead_of_pages(engine: str, cache: int) -> None:
+    policy = amig.Policy(delta_cache=cache, bandwidth=100e6, downtime=0.1, timeout=30, on_timeout="switch")
+    async with hosting(engine=engine) as source, receiving() as target:
+        result = await move(source, target.address, policy)
+        await target.arrived()
+        assert result.pages.delta > 0
+        assert await verdict(machine_of(target.service)) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("strategy", ["slot-cache", "auto-clear", "exact"])
 async def test_every_safe_strategy_of_the_dirty_log(engine: str, strategy: str) -> None:
     policy = amig.Policy(dirty_log=strategy, downtime=0.05, timeout=30, on_timeout="switch")

@@ -14,6 +14,7 @@ from amig.errors import NotConverging
 from amig.guest import RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
+from amig.stages.items import Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
 from amig.stats import MigrationStats
@@ -132,6 +133,31 @@ async def test_a_guest_that_writes_all_the_time_arrives_whole(
     assert run.state == b"state"
     assert run.placed == list(range(run.stats.rounds))
     assert run.stats.pages_resent > 0
+
+
+@pytest.mark.parametrize("cache", [PAGES * PAGE_SIZE, 200 * PAGE_SIZE], ids=["all-memory", "too-small"])
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+async def test_differences_bring_the_same_memory(compression: str, streams: int, cache: int) -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES, 2))
+    policy = Policy(
+        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.005
+    )  # type: ignore[arg-type]
+    rounds = busy(guest, 40, 3)
+    write = rounds.on_start
+
+    def start(round_: int) -> None:
+        write(round_)
+        if guest.state is RunState.RUNNING:  # a page that was zero in between has no version to differ from
+            guest.write(guest.random.integers(0, PAGES, 20), zero=bool(round_ % 2))
+
+    rounds.on_start = start
+    links = [MemoryLink() for _ in range(streams)]
+    run = await migrate(guest, policy, rounds=rounds, links=links)
+    run.assert_equal()
+    assert run.stats.pages_delta > 0
+    assert any(block.codec is Codec.XOR_ZSTD for link in links for block in link.blocks)
 
 
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:

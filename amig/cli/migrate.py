@@ -92,6 +92,16 @@ def migrate(
         options.Compression, typer.Option("--compression", help="Of pages.", rich_help_panel=_STREAM)
     ] = options.Compression.NONE,
     level: Annotated[int, typer.Option("--level", help="Of zstd, 1 to 19.", rich_help_panel=_STREAM)] = 1,
+    delta_cache: Annotated[
+        str,
+        typer.Option(
+            "--delta-cache",
+            metavar="SIZE",
+            help="Memory for pages as they were sent: a page that is sent again travels as what has changed in it. For "
+            "links that can't follow a busy guest; with as much as the guest has, it works from the second round on.",
+            rich_help_panel=_STREAM,
+        ),
+    ] = "0",
     workers: Annotated[int, typer.Option("--workers", help="Threads that compress.", rich_help_panel=_STREAM)] = 1,
     streams: Annotated[
         int, typer.Option("--streams", help="Connections that carry memory.", rich_help_panel=_STREAM)
@@ -164,6 +174,7 @@ def migrate(
         may_lose_pages=lose_pages,
         compression=compression.value,
         level=level,
+        delta_cache=options.size("--delta-cache", delta_cache),
         workers=workers,
         streams=streams,
         connect_timeout=options.seconds("--connect-timeout", connect_timeout),
@@ -244,7 +255,8 @@ def report(result: Result) -> str:
             f"{result.source} -> {result.destination}{simulated}: {format_duration(result.total_ms / 1e3)}, "
             f"downtime {downtime}",
             f"  rounds    {result.rounds}",
-            f"  pages     {pages.total}: {pages.sent} sent, {pages.zero} zero, {pages.resent} sent more than once",
+            f"  pages     {pages.total}: {pages.sent} sent, {pages.zero} zero, {pages.resent} sent more than once"
+            + (f", {pages.delta} as differences" if pages.delta else ""),
             f"  bytes     {format_size(result.bytes.memory)} of memory, {format_size(result.bytes.wire)} on the wire "
             f"at {rate}, {result.streams} connection{'s' * (result.streams > 1)}, compression {result.compression}",
             f"  dirty log {result.dirty_log}, chunks of {format_size(result.chunk_bytes)}; clear to read "

@@ -265,6 +265,7 @@ class Migration:
                 sent=stats.pages_sent,
                 zero=stats.pages_zero + stats.pages_holes,
                 resent=stats.pages_resent,
+                delta=stats.pages_delta,
             ),
             bytes=ByteCounts(memory=stats.bytes_memory, wire=stats.bytes_wire),
             window_ms=WindowMs(

@@ -9,14 +9,18 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import zstandard
 
-from amig.memory import GuestMemory, Pages
+from amig import bitmap
+from amig.memory import PAGE_SIZE, GuestMemory, Pages
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd, SendEnd
 from amig.stages.codec_choice import CodecChoice
-from amig.stages.items import Block, Chunk, Codec, RoundEnd
+from amig.stages.delta import NOWHERE, Places, SentPages
+from amig.stages.items import BLOCK_PAGES, Block, Chunk, Codec, RoundEnd
 from amig.stages.read import ChunkReader
 from amig.stats import MigrationStats
 
@@ -38,6 +42,7 @@ class Compress:
         *,
         pool: BufferPool,
         choice: CodecChoice,
+        sent: SentPages | None,
         workers: int,
         markers: int,
         live: bool,
@@ -49,11 +54,12 @@ class Compress:
         self._out = blocks
         self._pool = pool
         self._choice = choice
+        self._sent = sent
         self._workers = workers
         self._markers = markers
         self._live = live
         self._stats = stats
-        self._encoding: deque[asyncio.Future[Block]] = deque()
+        self._encoding: deque[asyncio.Future[tuple[Block, ...]]] = deque()
         self._threads = ThreadPoolExecutor(workers, "amig-compress")
         self._local = threading.local()
         self._spare: Pages | None = None
@@ -82,16 +88,26 @@ class Compress:
             self._spare = await self._pool.acquire()
 
     async def _pass_on(self, block: Block) -> None:
+        places = self._look_up(block)
         packing = block.data is not None and self._choice.compress()
-        if packing or not self._live:
+        if places is not None or packing or not self._live:
             block = await self._copy(block)
-        if packing:
+        if places is not None or packing:
             loop = asyncio.get_running_loop()
-            self._encoding.append(loop.run_in_executor(self._threads, self._compress, block))
+            self._encoding.append(loop.run_in_executor(self._threads, self._encode, block, places, packing))
             await self._drain(2 * self._workers)
         else:
             await self._drain(0)
             await self._out.send(block, block.size)
+
+    def _look_up(self, block: Block) -> Places | None:
+        """Find the versions of the block's pages that the destination has; None where it will not need them."""
+        sent = self._sent
+        if sent is None or not (block.round or sent.whole):
+            return None
+        if block.round and block.zero_pages:
+            sent.forget(block.region, bitmap.to_pages(block.zero, block.first))
+        return sent.find(block.region, block.data.index, block.round) if isinstance(block.data, Pieces) else None
 
     async def _copy(self, block: Block) -> Block:
         buffer = self._spare if self._spare is not None else await self._pool.acquire()
@@ -106,21 +122,86 @@ class Compress:
 
     async def _drain(self, leave: int) -> None:
         while len(self._encoding) > leave or (self._encoding and self._encoding[0].done()):
-            block = await self._encoding[0]
+            blocks = await self._encoding[0]
             self._encoding.popleft()
-            await self._out.send(block, block.size)
+            for block in blocks:
+                await self._out.send(block, block.size)
+
+    # on the worker threads
+
+    def _encode(self, block: Block, places: Places | None, packing: bool) -> tuple[Block, ...]:
+        begin = time.monotonic_ns()
+        blocks: tuple[Block, ...] = (block,)
+        if places is not None:
+            blocks = self._differ(block, places)
+        if packing and blocks[-1].codec is Codec.RAW:
+            blocks = (*blocks[:-1], self._compress(blocks[-1]))
+        self._stats.compress_ns += time.monotonic_ns() - begin
+        return blocks
+
+    def _differ(self, block: Block, places: Places) -> tuple[Block, ...]:
+        """Split a block into what the destination knows an earlier version of, and the rest; remember both."""
+        assert self._sent is not None  # noqa: S101 - there are places in it
+        pages = np.frombuffer(_copied(block), np.uint8).reshape(-1, PAGE_SIZE)
+        known, slots = places.known, places.slots
+        news = ~known & (slots != NOWHERE)
+        if news.all():
+            self._sent.store(slots, pages)
+        elif news.any():
+            self._sent.store(slots[news], self._rows(pages, news))
+        if not known.any():
+            return (block,)
+        whole = bool(known.all())
+        older = pages if whole else self._rows(pages, known)
+        packed = self._pack(self._sent.exchange(slots[known], older, self._scratch(1)).reshape(-1).data)
+        if len(packed) >= older.nbytes:
+            return (block,)  # nothing in common: the pages themselves; they are remembered all the same
+        self._stats.pages_delta += len(older)
+        data = memoryview(packed)
+        if whole:
+            return (replace(block, codec=Codec.XOR_ZSTD, data=data, size=len(data)),)
+        index = bitmap.to_pages(block.pages & ~block.zero, 0)
+        words = bitmap.from_pages(index[known], block.span)
+        rest = pages[~known]
+        return (
+            replace(
+                block, codec=Codec.XOR_ZSTD, data=data, size=len(data), pages=words, zero=bitmap.zeros(block.span),
+                data_pages=len(older), zero_pages=0, buffer=None,
+            ),
+            replace(
+                block, data=rest.reshape(-1).data, size=rest.nbytes, pages=block.pages & ~words, data_pages=len(rest)
+            ),
+        )  # fmt: skip
 
     def _compress(self, block: Block) -> Block:
         begin = time.monotonic_ns()
-        compressor = getattr(self._local, "compressor", None)
-        if compressor is None:
-            compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._choice.level)
-        raw = block.data
-        assert isinstance(raw, memoryview)  # noqa: S101 - it was copied
-        packed = compressor.compress(raw)
-        took = time.monotonic_ns() - begin
-        self._choice.learn(raw=raw.nbytes, packed=len(packed), seconds=took / 1e9)
-        self._stats.compress_ns += took
+        raw = _copied(block)
+        packed = self._pack(raw)
+        self._choice.learn(raw=raw.nbytes, packed=len(packed), seconds=(time.monotonic_ns() - begin) / 1e9)
         if len(packed) >= raw.nbytes:
             return block
         return replace(block, codec=Codec.ZSTD, data=memoryview(packed), size=len(packed))
+
+    def _pack(self, raw: memoryview) -> bytes:
+        compressor = getattr(self._local, "compressor", None)
+        if compressor is None:
+            compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._choice.level)
+        # Not all at once: room for the worst case would be mapped and faulted in anew for each block.
+        stream = compressor.compressobj(size=raw.nbytes)
+        return stream.compress(raw) + stream.flush()
+
+    def _rows(self, pages: Pages, which: npt.NDArray[np.bool_]) -> Pages:
+        index = np.flatnonzero(which)
+        return np.take(pages, index, axis=0, out=self._scratch()[: len(index)], mode="clip")
+
+    def _scratch(self, which: int = 0) -> Pages:
+        """Return one of two buffers of this thread: memory made anew each time costs more than what it is for."""
+        buffers: list[Pages] | None = getattr(self._local, "buffers", None)
+        if buffers is None:
+            buffers = self._local.buffers = [np.empty((BLOCK_PAGES, PAGE_SIZE), np.uint8) for _ in range(2)]
+        return buffers[which]
+
+
+def _copied(block: Block) -> memoryview:
+    assert isinstance(block.data, memoryview)  # noqa: S101 - only copies come this far
+    return block.data

@@ -42,7 +42,7 @@ class Decompress:
                         await self._drain(0)
                         await self._out.send(item, 0)
                         continue
-                    if item.codec is Codec.ZSTD:
+                    if item.codec is not Codec.RAW:
                         loop = asyncio.get_running_loop()
                         self._work.append(loop.run_in_executor(self._threads, self._decompress, item))
                         await self._drain(2 * self._workers)
@@ -51,6 +51,9 @@ class Decompress:
                         await self._drain(0)
                 await self._drain(0)
         finally:
+            for work in self._work:
+                if not isinstance(work, Block) and not work.cancel() and not work.cancelled():
+                    work.exception()  # seen: nobody waits for it any more
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def _drain(self, leave: int) -> None:
@@ -76,4 +79,5 @@ class Decompress:
             raise PeerError(f"a compressed block can't be decompressed: {error}") from error
         if len(raw) != expected:
             raise PeerError(f"a compressed block held {len(raw)} bytes instead of {expected}")
-        return replace(block, codec=Codec.RAW, data=memoryview(raw), size=expected)
+        codec = Codec.XOR if block.codec is Codec.XOR_ZSTD else Codec.RAW
+        return replace(block, codec=codec, data=memoryview(raw), size=expected)

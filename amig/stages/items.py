@@ -59,6 +59,10 @@ class Codec(IntEnum):
 
     RAW = 0
     ZSTD = 1
+    XOR_ZSTD = 2
+    """What is different from the version that the destination has, compressed."""
+    XOR = 3
+    """The same, decompressed: never on the wire."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

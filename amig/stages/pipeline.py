@@ -20,6 +20,7 @@ from amig.stages.clear_log import ClearLog
 from amig.stages.codec_choice import CodecChoice
 from amig.stages.compress import Compress
 from amig.stages.decompress import Decompress
+from amig.stages.delta import SentPages
 from amig.stages.dirty_sync import DirtySync, Observer
 from amig.stages.items import BLOCK_PAGES, Block, Chunk, Extent, RoundEnd
 from amig.stages.ledger import Ledger
@@ -64,6 +65,7 @@ class SourcePipeline:
         blocks_in, blocks = channel(len(sinks) * BLOCK_BYTES if live else QUEUED_BYTES)
         pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
         choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
+        sent = SentPages(guest.info.memory.regions, policy.delta_cache) if policy.delta_cache else None
         self._sync = DirtySync(
             guest,
             extents_in,
@@ -81,6 +83,7 @@ class SourcePipeline:
             blocks_in,
             pool=pool,
             choice=choice,
+            sent=sent,
             workers=policy.workers,
             markers=len(sinks),
             live=live,

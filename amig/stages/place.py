@@ -13,7 +13,7 @@ from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.gather import is_run, runs
-from amig.stages.items import Block, RoundEnd
+from amig.stages.items import Block, Codec, RoundEnd
 
 MAX_POPULATED = 16
 """Runs of fresh pages in a block up to which they are backed by one call each before their data comes."""
@@ -89,10 +89,11 @@ class Place:
                 assert isinstance(block.data, memoryview)  # noqa: S101 - what has landed has none
                 index = bitmap.to_pages(fresh, block.first)
                 content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
-                if is_run(index):
-                    memory[index[0] : index[-1] + 1] = content
+                where = slice(int(index[0]), int(index[-1]) + 1) if is_run(index) else index
+                if block.codec is Codec.XOR:
+                    memory[where] ^= content
                 else:
-                    memory[index] = content
+                    memory[where] = content
             placed |= fresh
         self.pages_placed += block.data_pages
         self.pages_zero += block.zero_pages

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from amig.memory import PAGE_SIZE
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.items import Block, RoundEnd
@@ -69,8 +70,8 @@ class Send:
                 await sink.send_round(item)
                 await self._barrier.wait()
                 continue
-            # The kernel's copy keeps this thread busy; who asks the host for the next chunk goes first, so that the host
-            # clears while we copy.
+            # The kernel's copy keeps this thread busy; who asks the host for the next chunk goes first, so that the
+            # host clears while we copy.
             await asyncio.sleep(0)
             stats.link.begin(time.monotonic_ns())
             sent = 0
@@ -79,7 +80,7 @@ class Send:
                 sent = await sink.send_block(item)
             finally:
                 now = time.monotonic_ns()
-                stats.link.end(now, sent)
+                stats.link.end(now, sent, item.data_pages * PAGE_SIZE if sent else 0)
                 if item.buffer is not None:
                     self._pool.release(item.buffer)
             if item.cleared_ns:

@@ -6,7 +6,8 @@
     u32 data_pages │ u32 zero_pages │ u32 data_bytes │ u32 raw_bytes
     page bitmap, ceil(span_pages / 64) u64 words: the pages this block speaks of
     zero bitmap, as many words: those of them that are zero
-    data, data_bytes long: the other pages in ascending order, raw or as one zstd frame
+    data, data_bytes long: the other pages in ascending order, raw, as one zstd frame, or as
+one zstd frame of their difference from what was sent before
 
 Bit i of a bitmap is page ``first_page + i``. A sender hands the fixed header, the two bitmaps and the data to the
 kernel as they are, joined nowhere; a receiver reads the fixed header, then the bitmaps, then the data straight to where
@@ -39,6 +40,8 @@ class Codec(enum.IntEnum):
 
     RAW = 0
     ZSTD = 1
+    XOR_ZSTD = 2
+    """One zstd frame of what the pages are to be XORed with where they are placed."""
 
 
 _CODECS: Final = {int(c): c for c in Codec}
