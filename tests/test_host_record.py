@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -317,6 +318,41 @@ def test_of_many_who_decide_at_once_one_is_right(tmp_path: Path) -> None:
             said = {future.result() for future in asked}
         assert said == {Outcome.RUNNING if ran[0] else Outcome.DISCARDED}
         arrival.close()
+
+
+def test_what_did_not_get_to_the_disk_is_not_read_either(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RecordFile.open(path, create=True)
+    file.write(record(RecordState.PREPARED))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", _full)
+        with pytest.raises(HostError, match="No space left"):
+            file.write(record(RecordState.COMMITTED))
+    assert reread(path).state is RecordState.PREPARED  # type: ignore[union-attr]
+    file.write(record(RecordState.COMMITTED))
+    assert reread(path).state is RecordState.COMMITTED  # type: ignore[union-attr]
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_a_guest_that_could_not_be_taken_over_is_never_said_to_run(
+    rollback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write came through and the sync did not: nobody ran it, so the answer must not be RUNNING."""
+    records = Records(tmp_path)
+    arrival = records.arriving("web1")
+    arrival.expect(ID)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", _full)
+        if not rollback:
+            pwrite = os.pwrite
+            patch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data, at) if any(data) else _full())
+        with pytest.raises(HostError):
+            arrival.run(ID)
+    assert records.outcome(ID) is (Outcome.DISCARDED if rollback else None)
+    arrival.close()
 
 
 def test_an_answer_that_the_source_has_is_not_kept(tmp_path: Path) -> None:

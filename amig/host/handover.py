@@ -45,8 +45,8 @@ class SourceHandover:
         self._write(RecordState.RELEASED if outcome is Outcome.RUNNING else RecordState.RETURNED)
 
     def abandon(self) -> None:
-        """Nothing was handed over: remove the record."""
-        self._file.remove()
+        """Nothing was handed over: remove the record, or leave what does no harm."""
+        _remove(self._file)
 
     def close(self) -> None:
         """Close the file; what it says stays."""
@@ -232,14 +232,14 @@ class ArrivalRecord:
         self._file.write(Record(state=RecordState.ARRIVING, guest=self._name, migration=migration))
         try:
             os.link(self._file.path, target)  # a link never replaces
+            self._file.path.unlink()
+            self._file.path = target
+            sync_dir(target.parent)
         except FileExistsError:
             raise ControlError(f"migration {migration} has been here before", code="wrong-migration") from None
         except OSError as error:
             raise HostError(f"can't make the handover record {target}: {error.strerror}") from error
-        self._file.path.unlink()
-        self._file.path = target
         self._migration = migration
-        sync_dir(target.parent)
 
     def run(self, migration: str) -> None:
         """Promise to run the guest; durable when this returns. Raises `ControlError` after a discard."""
@@ -259,9 +259,9 @@ class ArrivalRecord:
             raise ControlError(f"migration {migration} is already {self.published} here", code="wrong-state")
 
     def abandon(self) -> None:
-        """Nothing was promised, so nobody will ask: remove it."""
+        """Nothing was promised, so nobody will ask: remove it, or leave what does no harm."""
         if self.published is None:
-            self._file.remove()
+            _remove(self._file)
         else:
             self._file.close()
 
@@ -270,4 +270,10 @@ class ArrivalRecord:
         if self._migration:
             self._file.close()
         else:
-            self._file.remove()
+            _remove(self._file)
+
+
+def _remove(file: RecordFile) -> None:
+    """Remove a record that nothing depends on."""
+    with contextlib.suppress(HostError):
+        file.remove()

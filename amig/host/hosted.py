@@ -407,6 +407,6 @@ class HostedGuest:
                     await self.vm.call(self._abandon)
 
     def _abandon(self) -> None:
-        if self._prepared is not None:
-            self._prepared[1].abandon()
-            self._prepared = None
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared[1].abandon()

@@ -158,31 +158,53 @@ class RecordFile:
             if self._current is None:
                 raise HostError(f"the handover record {self.path} was never begun")
             if self._current.state is RecordState.ARRIVING:
-                self.write(msgspec.structs.replace(self._current, state=state))
+                self._decide(state)
             return self._current.state
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def _decide(self, state: RecordState) -> None:
+        assert self._current is not None  # noqa: S101 - as the caller has seen
+        try:
+            self.write(msgspec.structs.replace(self._current, state=state))
+        except HostError:
+            _, left = _load(self.path, self._fd)
+            if left is not None and left.state is RecordState.RUNNING:
+                # It can't be taken back, and is not true. No answer at all leaves the guest in doubt, not lost.
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            raise
+
     def write(self, record: Record) -> None:
-        """Make ``record`` what the file says: one write, one fdatasync. Raises `HostError`."""
+        """Make ``record`` what the file says: one write, one fdatasync.
+
+        Raises `HostError`; then the file says what it said before, as far as the disk still does what it is told.
+        """
         record = msgspec.structs.replace(record, written=time.time())
         sequence = self._sequence + 1
-        slot = encode_slot(record, sequence)
+        slot, place = encode_slot(record, sequence), SLOT * (sequence % 2)
         try:
-            written = os.pwrite(self._fd, slot, SLOT * (sequence % 2))
+            written = os.pwrite(self._fd, slot, place)
             os.fdatasync(self._fd)
         except OSError as error:
+            # Not known to be on the disk, but what anybody reads now: nobody acts by it, so nobody may read it.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, bytes(SLOT), place)
             raise HostError(f"can't write the handover record {self.path}: {error.strerror}") from error
         if written != SLOT:
             raise HostError(f"can't write the handover record {self.path}: only {written} of {SLOT} bytes went out")
         self._sequence, self._current = sequence, record
 
     def remove(self) -> None:
-        """Remove the file, durably, and close it."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
-            sync_dir(self.path.parent)
-        self.close()
+        """Remove the file, durably, and close it, in any case. Raises `HostError`."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+                sync_dir(self.path.parent)
+        except OSError as error:
+            raise HostError(f"can't remove the handover record {self.path}: {error.strerror}") from error
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close it; idempotent."""

@@ -58,6 +58,8 @@ class Peer:
         self._migration = ""
         self._protocol = SourceProtocol()
         self._placed: Placed = _nothing_sent
+        self._committed = False
+        """Whether the guest has been given away: from then on only the destination's word ends this."""
         loop = asyncio.get_running_loop()
         self._prepared: asyncio.Future[Prepared] = loop.create_future()
         self._outcome: asyncio.Future[Outcome] = loop.create_future()
@@ -126,9 +128,10 @@ class Peer:
                 await self._handle(await self._links[0].receive())
         except (LinkLost, PeerError) as error:
             self._protocol.lost()
-            if self._protocol.state is not SourceState.IN_DOUBT:
+            if not self._committed:
                 raise
-            # Not raised here: the handover waits for its outcome and must be told, not cancelled.
+            # Not raised here: the handover waits for its outcome and must be told, not cancelled. This may be in the
+            # middle of the answer, when the states say already that it came.
             if not self._outcome.done():
                 self._outcome.set_exception(InDoubt(str(error)))
 
@@ -174,8 +177,9 @@ class Peer:
 
         What the destination says first holds, on whatever connection.
         """
-        if self._protocol.state is SourceState.RETURNED:
-            return Outcome.DISCARDED
+        self._committed = True
+        if self._outcome.done() and self._outcome.exception() is None:
+            return self._outcome.result()
         if not self._protocol.may_send(FrameType.COMMIT):
             return await self._ask(migration, "the connection was lost before it could be sent")
         try:

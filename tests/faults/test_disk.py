@@ -75,6 +75,7 @@ async def full_at(number: int, *, sticky: bool, patch: pytest.MonkeyPatch) -> in
     with patch.context() as own:
         async with world(own) as here:
             disk = FullDisk(own, number, sticky=sticky)
+            here.operator_decides = True  # where not even a record can be taken back, it is unlinked
 
             async def heals(w: World) -> None:
                 """The operator makes room once the migration has ended."""
@@ -99,7 +100,12 @@ async def full_at(number: int, *, sticky: bool, patch: pytest.MonkeyPatch) -> in
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for-good"])
 async def test_a_full_disk_at_every_operation_on_a_record(sticky: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(MOST):
-        if not await full_at(number, sticky=sticky, patch=monkeypatch):
+        try:
+            struck = await full_at(number, sticky=sticky, patch=monkeypatch)
+        except BaseException as error:
+            error.add_note(f"at disk operation {number}")
+            raise
+        if not struck:
             assert number > 8, "there is more to a handover than that"
             return
     pytest.fail("a migration makes more disk operations than were tried")

@@ -24,6 +24,7 @@ import pytest
 
 import amig
 from amig.errors import AmigError, InDoubt
+from amig.events import Event, Notice
 from amig.guest import Outcome, RunState
 from amig.host.hosted import HostedGuest
 from amig.host.incoming import LocalIncoming
@@ -120,6 +121,7 @@ class World:
     migration: amig.Migration | None = None
     policy: amig.Policy = field(default_factory=amig.Policy)
     notes: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     attempts: int = 0
     operator_decides: bool = False
@@ -137,6 +139,11 @@ class World:
             return failing
 
         service.incoming = incoming  # type: ignore[method-assign]
+
+    def hear(self, event: Event) -> None:
+        """What the migrator tells the operator besides its result."""
+        if isinstance(event, Notice):
+            self.said.append(event.text)
 
     async def cancel(self) -> None:
         """An operator cancels."""
@@ -226,7 +233,7 @@ async def play(here: World, attach: Callable[[World], Awaitable[None]]) -> amig.
     """Migrate, see that what the operator is told is true, heal the network, and see that exactly one copy runs."""
     await attach(here)
     async with asyncio.timeout(FIX):
-        here.migration = amig.Migration(here.source.name, here.relay.address, here.policy)
+        here.migration = amig.Migration(here.source.name, here.relay.address, here.policy, on_event=here.hear)
         with contextlib.suppress(AmigError):
             async with here.migration:
                 await _until_done(here)
@@ -258,7 +265,10 @@ def told(here: World, result: amig.Result) -> None:
     error = here.migration.error if here.migration is not None else None
     if result.status == "completed":
         assert destination.state is RunState.RUNNING
-        assert source.state is RunState.STOPPED
+        if source.state is RunState.COMMITTED:  # it could not put that on record, and asks again
+            assert any("its old host says" in text for text in here.said)
+        else:
+            assert source.state is RunState.STOPPED
     elif isinstance(error, InDoubt):
         for part in ("must not run here", "amig resolve", source.name, "--run-here", "--discard"):
             assert part in str(error)
@@ -273,8 +283,12 @@ def told(here: World, result: amig.Result) -> None:
 async def settled(here: World) -> None:
     """Both sides come to rest: no attempt under way, no handover in doubt."""
     source, destination = here.hosts
-    if here.operator_decides and source.in_doubt is not None:
-        await until(lambda: any("stays in doubt" in note for note in here.notes), "the host says that it can't know")
+
+    def nobody_knows() -> bool:
+        return here.operator_decides and any("nothing is known here" in note for note in here.notes)
+
+    await until(lambda: source.in_doubt is None or nobody_knows(), "the handover is settled, or nobody knows", FIX)
+    if source.in_doubt is not None:
         there = destination.state is RunState.RUNNING
         assert any("--run-here" in note and "--discard" in note for note in here.notes)
         await source.release(source.in_doubt.migration, Outcome.RUNNING if there else Outcome.DISCARDED)
