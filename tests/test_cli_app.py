@@ -84,7 +84,6 @@ def test_an_unknown_word_is_wrong_usage() -> None:
         (("migrate", "x", "tcp://127.0.0.1:1", "--streams", "0"), "streams"),
         (("migrate", "x", "tcp://127.0.0.1:1", "--log", "/nowhere/at/all"), "--log /nowhere/at/all: "),
         (("receive", "file:/x", "--name", "x"), "is a file"),
-        (("resolve", "x"), "--run-here"),
         (("resolve", "x", "--run-here", "--discard"), "--run-here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
