@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from amig.errors import BootError
 
@@ -16,6 +17,7 @@ _MACHINES = {3: "i386", 62: "x86-64"}
 _PT_LOAD, _PT_NOTE = 1, 4
 _MAX_HEADERS = 256
 _MAX_NOTES = 256
+_MAX_NOTE_BYTES = 64 << 10
 
 # ELF32: e_entry is 4 bytes, and p_flags stands elsewhere.
 _HEADER = {_CLASS32: struct.Struct("<HHIIIIIHHH"), _CLASS64: struct.Struct("<HHIQQQIHHH")}
@@ -86,7 +88,10 @@ def parse(data: bytes) -> ElfImage:
                 raise BootError(f"ELF segment {i} has more bytes in the file than in memory")
             segments.append(Segment(paddr=paddr, memsz=memsz, data=_slice(view, offset, filesz, f"segment {i}")))
         elif what == _PT_NOTE:
-            notes += _notes(_slice(view, offset, filesz, "notes"), 8 if align == 8 else 4)
+            if filesz > _MAX_NOTE_BYTES:
+                raise BootError(f"the ELF file has a segment of {filesz} bytes of notes")
+            found = _notes(_slice(view, offset, filesz, "notes"), 8 if align == 8 else 4)
+            notes += islice(found, _MAX_NOTES + 1 - len(notes))
             if len(notes) > _MAX_NOTES:
                 raise BootError("the ELF file has too many notes")
     if not segments:

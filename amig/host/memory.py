@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from amig.errors import UsageError
+from amig.errors import HostError, UsageError
 from amig.host import layout
 from amig.host.mapping import Mapping as FileMapping
 from amig.host.mapping import check_sealed, create_memfd
 from amig.memory import PAGE_SIZE, MemoryMap, Pages, Slot
+from amig.units import format_size
 
 __all__ = ["MakeMemory", "MappedMemory", "MemfdMemory"]
+
+MOST_SPARSE = 64
+"""Times this machine's memory that a guest may have: what is kept about each page must not become the burden itself."""
 
 
 class MappedMemory:
@@ -94,6 +98,11 @@ class MemfdMemory(MappedMemory):
     def __init__(self, memory_map: MemoryMap, *, hugepages: bool = False) -> None:
         """Make a memfd for every region; raises `UsageError` or `HostError`, with nothing left behind."""
         memory_map.check()
+        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if memory_map.size > MOST_SPARSE * here:
+            raise HostError(
+                f"a guest of {format_size(memory_map.size)} on a machine of {format_size(here)} makes no sense"
+            )
         mappings: dict[int, FileMapping] = {}
         try:
             for region in memory_map.regions:
