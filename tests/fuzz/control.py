@@ -38,7 +38,7 @@ from amig.host.session import HostSession
 from tests.fakes import FakeMachine, hosted_guest
 
 from .loops import complete
-from .target import Mutate, Target
+from .target import SCRATCH, Mutate, Target
 
 ID = "0123456789abcdef" * 2
 _ACTION = struct.Struct("<BH")
@@ -113,7 +113,7 @@ def actions(data: bytes) -> list[tuple[int, bytes]]:
 async def play(data: bytes) -> None:
     """Be the host of such a client; afterwards the host is as it should be."""
     before = len(os.listdir("/proc/self/fd"))
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         async with hosted_guest(Path(folder)) as hosted:
             machine = hosted.machine
             assert isinstance(machine, FakeMachine)

@@ -18,7 +18,7 @@ from amig.host import record
 from amig.host.handover import Records
 from amig.host.record import SLOT, Record, RecordState
 
-from .target import Mutate, Target
+from .target import SCRATCH, Mutate, Target
 
 ID = "0123456789abcdef" * 2
 _HEAD = struct.Struct("<8sIIQQ")
@@ -26,7 +26,7 @@ _HEAD = struct.Struct("<8sIIQQ")
 
 def run(data: bytes) -> None:
     said = [found for found in (record.decode_slot(data[:SLOT]), record.decode_slot(data[SLOT : 2 * SLOT])) if found]
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         records = Records(Path(folder))
         records.root.mkdir()
         records.source_path("web1").write_bytes(data)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where files are made for an input: thousands a second."""
 Mutate = Callable[[bytes, int], bytes]
 """Changes bytes somehow; the result is at most so many bytes long."""
 
