@@ -1,4 +1,4 @@
-"""The fuzzers' corpus, played again: valid inputs of each kind, and every input that ever was a finding.
+"""The fuzzers' corpus, played again: valid inputs of each kind, what fuzzing made of them, and all that was a finding.
 
 What fuzzing found once is kept in ``tests/corpus/<target>/finding-*``; docs/fuzzing.md says how to look for more.
 """
