@@ -225,11 +225,13 @@ def cut(
     if not busy.size:
         return np.empty((0, 3), dtype=np.int64)
     held = popcount(words[busy] if busy.size < words.size else words)
+    full = limit_pages % WORD_PAGES == 0 and int(held.min()) == WORD_PAGES
+    if full and busy.size == words.size and max_span_pages is None:  # the first round: nothing is to be searched for
+        return _even(words.size * WORD_PAGES, first, limit_pages, pages)
     after = np.empty(busy.size + 1, dtype=np.int64)
     after[0] = 0
     np.cumsum(held, out=after[1:])
-    # Where every word is full (the first round), the stretch is one range: nothing is left to be searched for.
-    full = limit_pages % WORD_PAGES == 0 and int(held.min()) == WORD_PAGES
+    # Where every word is full the stretch is one range.
     stretch = after[:-1] // (limit_pages if full else limit_pages * LANE_RANGES)
     edge = np.empty(busy.size, dtype=np.bool_)
     edge[0] = True
@@ -259,6 +261,19 @@ def cut(
     rows[:, 2] = after[end] - after[head]
     if pages is not None:
         rows[-1, 1] = min(rows[-1, 1], pages - rows[-1, 0])
+    rows[:, 0] += first
+    return rows
+
+
+def _even(size: int, first: int, limit_pages: int, pages: int | None) -> Index:
+    """`cut` for ``size`` pages that are all set."""
+    rows = np.empty((-(-size // limit_pages), 3), dtype=np.int64)
+    rows[:, 0] = np.arange(0, size, limit_pages)
+    rows[:, 1:] = limit_pages
+    last = size - int(rows[-1, 0])
+    rows[-1, 1:] = last
+    if pages is not None:
+        rows[-1, 1] = min(last, pages - int(rows[-1, 0]))
     rows[:, 0] += first
     return rows
 

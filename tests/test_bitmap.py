@@ -220,6 +220,16 @@ def test_cut_of_a_full_bitmap_gives_full_ranges() -> None:
     assert rows.tolist() == [[i * 256, 256, 256] for i in range(250)]
 
 
+@given(words=st.integers(1, 50), limit=st.integers(1, 9), first=st.integers(0, 3))
+def test_a_full_bitmap_is_cut_as_one_with_a_page_missing_but_for_that_page(words: int, limit: int, first: int) -> None:
+    pages = words * 64
+    almost = bitmap.ones(pages)
+    bitmap.clear_range(almost, pages - 1, 1)
+    rows, others = (bitmap.cut(bits, first * 64, limit * 64, pages=pages) for bits in (bitmap.ones(pages), almost))
+    assert rows[:, :2].tolist() == others[:, :2].tolist()
+    assert rows[:, 2].sum() == pages == others[:, 2].sum() + 1
+
+
 def test_cut_of_nothing_is_nothing_and_a_limit_of_nothing_is_refused() -> None:
     assert bitmap.cut(bitmap.zeros(1000), 0, 10).shape == (0, 3)
     assert bitmap.cut(np.empty(0, dtype=np.uint64), 0, 10).shape == (0, 3)
