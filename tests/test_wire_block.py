@@ -138,7 +138,7 @@ def test_a_header_that_lies_is_refused(changes, text):
 @pytest.mark.parametrize("at", [20, 21, 22, 23])
 def test_unknown_codecs_and_reserved_bytes_are_refused(at):
     raw = bytearray(wire(describe()))
-    raw[at] = 2
+    raw[at] = 99
     with pytest.raises(PeerError, match="unknown codec"):
         read(bytes(raw), 8192)
 

@@ -202,7 +202,8 @@ def _wrong_numbers(h: BlockHeader) -> str:
         return f"{h.data_pages} pages with data and {h.zero_pages} zero pages"
     if h.raw_bytes != h.data_pages * PAGE_SIZE or not 0 <= h.data_bytes <= h.raw_bytes:
         return f"{h.data_pages} pages with data in {h.data_bytes} bytes, {h.raw_bytes} once decoded"
-    if bool(h.data_bytes) != bool(h.data_pages) or (h.codec is Codec.RAW and h.data_bytes != h.raw_bytes):
+    possible = h.data_bytes == h.raw_bytes if h.codec is Codec.RAW else h.data_bytes > 0
+    if not possible or bool(h.data_bytes) != bool(h.data_pages):
         return f"{h.data_bytes} bytes of {h.codec.name} data for {h.data_pages} pages"
     return ""
 

@@ -276,6 +276,10 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     again = one_page(5, text, packed=True) + round_end(0, 1) + one_page(5, text, packed=True, round=1)
     again += one_page(6, b"", round=1, zero=np.array([1 << 6], np.uint64)) + round_end(1, 2) + last_words(2, 2, 1)
     yield "two-rounds", bytes([0]) + tagged(again)
+    difference = zstandard.compress(bytes(100) + b"change" + bytes(PAGE_SIZE - 106))
+    delta = {"round": 1, "codec": block.Codec.XOR_ZSTD, "data_bytes": len(difference)}
+    changed = one_page(5, text) + round_end(0, 1) + one_page(5, difference, **delta) + round_end(1, 1)
+    yield "difference", bytes([0]) + tagged(changed + last_words(2, 2, 0))
     late = streams.state(b"state") + one_page(5, text, packed=True) + round_end(0, 1)
     late += streams.end(1, 1, 0, b"state") + streams.message(messages.Commit(migration=ID))
     yield "state-first", bytes([0]) + tagged(late)
