@@ -213,7 +213,10 @@ class Incoming(Protocol):
         """Make RUNNING durable; only then may `run` be called."""
 
     async def run(self) -> None:
-        """Start the vCPUs."""
+        """Start the vCPUs, and nothing else: until the source has heard of it, the guest counts as down."""
+
+    async def settle(self) -> None:
+        """Put away what only the arrival needed; comes after `run`. The guest runs whether it succeeds or not."""
 
     async def discard(self, migration: str) -> None:
         """Make DISCARDED durable if anything was promised, and let go of all memory."""

@@ -193,6 +193,9 @@ class ModelIncoming:
     async def run(self) -> None:
         self.calls.append("run")
 
+    async def settle(self) -> None:
+        self.calls.append("settle")
+
     async def discard(self, migration: str) -> None:
         self.calls.append("discard")
 

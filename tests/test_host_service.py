@@ -209,12 +209,14 @@ async def test_a_guest_arrives_and_runs() -> None:
         assert service.hosted.state is RunState.INCOMING
         with pytest.raises(ControlError):
             await incoming.run()
+            await incoming.settle()
         await incoming.commit(ID)
         machine = service.hosted.machine
         assert isinstance(machine, FakeMachine)
         assert "resume" not in machine.calls
         assert Records().outcome(ID) is Outcome.RUNNING
         await incoming.run()
+        await incoming.settle()
         assert machine.running
         assert machine.loaded == b"device state"
         guest = await open_guest("web2")
@@ -243,6 +245,7 @@ async def test_a_discarded_guest_never_runs_and_another_may_come() -> None:
         await fill(again)
         await again.commit("f" * 32)
         await again.run()
+        await again.settle()
         assert service.hosted.state is RunState.RUNNING
 
 
@@ -262,6 +265,7 @@ async def test_a_committed_guest_can_not_be_discarded() -> None:
         with pytest.raises(ControlError):
             await incoming.discard(ID)
         await incoming.run()
+        await incoming.settle()
         assert service.hosted.state is RunState.RUNNING
 
 
@@ -306,5 +310,6 @@ async def test_a_destination_that_was_asked_too_early_does_not_run_it() -> None:
             await incoming.commit(ID)
         with pytest.raises(ControlError):
             await incoming.run()
+            await incoming.settle()
         await incoming.discard(ID)
         assert service.hosted.state is RunState.INCOMING

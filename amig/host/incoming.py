@@ -121,6 +121,9 @@ class LocalIncoming:
             raise ControlError("run without commit", code="wrong-state")
         await self._hosted.start(paused=self._paused)
         self._over = True
+
+    async def settle(self) -> None:
+        """See `amig.guest.Incoming.settle`."""
         with contextlib.suppress(AmigError, OSError):  # it only keeps what boots, and amig resolve settles it
             await self._hosted.vm.call(self._hosted.records.came_back, self._hosted.name)
         await self._forget(keep_machine=True)

@@ -278,6 +278,7 @@ class Inbound:
         await self._guest.run()
         with contextlib.suppress(LinkLost):
             await self._link.send_message(Running(migration=self.migration, start_ns=time.monotonic_ns() - began))
+        await self._guest.settle()
 
     async def _discard(self, error: BaseException) -> None:
         after_promise = self._protocol.state in (

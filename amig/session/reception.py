@@ -315,4 +315,5 @@ async def restore_here(service: HostService, path: str, *, hugepages: bool = Fal
     restored = uuid.uuid4().hex  # each is a guest of its own, and no migration that anybody asks for
     await incoming.commit(restored)
     await incoming.run()
+    await incoming.settle()
     await service.hosted.vm.call(service.hosted.records.settled, restored)

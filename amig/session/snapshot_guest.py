@@ -49,6 +49,9 @@ class _Loading:
     async def run(self) -> None:
         pass
 
+    async def settle(self) -> None:
+        """Nothing was needed."""
+
     async def discard(self, migration: str) -> None:
         if self.memory is not None:
             self.memory.close()
