@@ -77,7 +77,7 @@ def busy_guest() -> ModelGuest:
 def assert_moved(guest: ModelGuest, receiver: Receiver) -> None:
     assert receiver.error is None
     assert guest.state is RunState.STOPPED
-    assert receiver.guest.calls == ["build", "load", "commit", "run"]
+    assert receiver.guest.calls == ["build", "load", "commit", "run", "settle"]
     assert receiver.guest.array is not None
     np.testing.assert_array_equal(receiver.guest.array.arrays[0], guest.array.arrays[0])
 
@@ -279,7 +279,7 @@ async def test_a_lost_answer_to_commit_is_said_aloud_and_nobody_runs_the_source(
             async with Migration(guest, receiver.address):
                 pass
     assert guest.state is RunState.COMMITTED
-    assert receiver.guest.calls[-1] == "run"
+    assert receiver.guest.calls[-1] == "settle"
 
 
 async def test_limits_can_be_changed_in_flight() -> None:
