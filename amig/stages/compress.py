@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import zstandard
 
+from amig.digest import PageDigests
 from amig.memory import GuestMemory, Pages
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
@@ -42,9 +43,10 @@ class Compress:
         markers: int,
         live: bool,
         stats: MigrationStats,
+        digests: PageDigests | None = None,
     ) -> None:
         """``markers`` copies of every `RoundEnd` are passed on: one for each connection."""
-        self._reader = ChunkReader(memory, stats)
+        self._reader = ChunkReader(memory, stats, digests)
         self._in = chunks
         self._out = blocks
         self._pool = pool
