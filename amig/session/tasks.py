@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from amig.errors import AmigError, LinkLost
 from amig.stages.channel import BrokenChannel
-from amig.wire.states import LocalProtocolError
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -28,9 +27,7 @@ def telling(error: BaseException) -> BaseException:
 
     def rank(leaf: BaseException) -> int:
         if isinstance(leaf, BrokenChannel | asyncio.CancelledError):
-            return 4
-        if isinstance(leaf, LocalProtocolError):
-            return 3  # a task that was about to send when another found that the connection is no more
+            return 3
         if isinstance(leaf, LinkLost):
             return 2
         return 1 if isinstance(leaf, AmigError | OSError) else 0
