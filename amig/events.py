@@ -133,5 +133,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     streams: int = 0
     compression: str = ""
     link_bytes_per_s: float = 0.0
+    verified: str = "none"
+    """What the destination compared, and found equal, before the guest could run: ``digests`` of all pages as sent and
+    as placed, besides these all memory of both sides (``full``), or ``none``. Of a file nobody has yet compared
+    anything: whoever restores it does."""
     stage_ms: dict[str, float] = {}
-    """Time spent in sync, take (clear included), read and compress."""
+    """Time spent in sync, take (clear included), read, digests and compress."""

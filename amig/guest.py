@@ -206,6 +206,9 @@ class Incoming(Protocol):
     def punch(self, region: int, first: int, count: int) -> None:
         """Make a run of pages zero again, giving their memory back."""
 
+    def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:
+        """Return ``(first page, pages)`` of every run that is not a hole; see `GuestMemory.data_ranges`."""
+
     async def load(self, state: bytes) -> None:
         """Check device and vCPU state against its schema and restore it; raises `VerifyFailed`."""
 

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
+from amig.digest import Verify
 from amig.errors import UsageError
 from amig.memory import PAGE_SIZE
 
@@ -53,6 +54,9 @@ class Policy:
     """Threads that compress, and that decompress on the destination."""
     streams: int = 1
     """Connections that carry memory."""
+    verify: Verify = "digests"
+    """``digests``: of every page as sent and as placed, compared before the guest may run. ``full``: besides, all
+    memory of both sides is hashed again while the guest is paused, which exceeds the downtime limit. ``off``."""
     connect_timeout: float = 10.0
     """Seconds for each connection and for the handshake."""
     handover_timeout: float = 30.0
@@ -68,6 +72,7 @@ class Policy:
             (MIN_CHUNK <= self.chunk <= MAX_CHUNK, "a chunk that is not between 256KiB and 1GiB"),
             (self.chunk_span is None or self.chunk_span >= MIN_CHUNK, "a chunk span below 256KiB"),
             (self.compression in ("none", "zstd", "auto"), "compression that is not none, zstd or auto"),
+            (self.verify in ("digests", "full", "off"), "verify that is not digests, full or off"),
             (1 <= self.level <= 19, "a zstd level that is not between 1 and 19"),
             (0 <= self.delta_cache <= 1 << 44, "a delta cache that is not between 0 and 16 TiB"),
             (1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),

@@ -108,3 +108,4 @@ class MigrationStats:
     take_ns: int = 0
     read_ns: int = 0
     compress_ns: int = 0
+    digest_ns: int = 0

@@ -183,6 +183,9 @@ class ModelIncoming:
     def punch(self, region: int, first: int, count: int) -> None:
         self.pages(region)[first : first + count] = 0
 
+    def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:
+        return [(first, count)]
+
     async def load(self, state: bytes) -> None:
         self.calls.append("load")
         self.state = state

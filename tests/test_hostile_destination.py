@@ -48,7 +48,9 @@ class Liar:
             await self.link.send_message(message)
 
     def welcome(self, **changes: object) -> Welcome:
+        assert self.hello is not None
         fields = {"migration": self.migration, "name": "web1", "identity": "liar", "token": bytes(32)}
+        fields["features"] = self.hello.features_required
         return Welcome(**(fields | changes))  # type: ignore[arg-type]
 
     async def greet(self) -> None:

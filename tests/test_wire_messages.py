@@ -42,6 +42,7 @@ ALL = [
     messages.Ping(seq=1, sent_ns=2),
     messages.Pong(seq=1, sent_ns=2),
     messages.Query(migration=ID),
+    messages.Digests(region=0, first=4096, digests=bytes(8 * 4096)),
 ]
 
 

@@ -27,6 +27,7 @@ END = f"{MEMORY}, > STATE, > BLOCK, > ROUND, > END, < PLACED, < PLACED"
 COURSES = {
     "the whole way": (f"{END}, < PREPARED, > COMMIT, < RUNNING", S.DONE, D.DONE),
     "state in parts": (f"{MEMORY}, > STATE, > STATE, > STATE, > END", S.WAIT_PREPARED, D.END_RECEIVED),
+    "all memory hashed again": (f"{MEMORY}, > STATE, > DIGESTS, > DIGESTS, > END", S.WAIT_PREPARED, D.END_RECEIVED),
     "pings all along": (
         "> HELLO, > PING, < PONG, < WELCOME, < PING, > PONG, > STATE, > PING, < PONG, > END, < PING, > PONG, "
         "< PREPARED, > PING, < PONG, > COMMIT, < PING, > PONG, < RUNNING, > PING, < PONG",
@@ -96,6 +97,7 @@ def test_the_whole_way_passes_these_states():
         (MEMORY, ("> STATE", "< ABORT"), S.ABORTED, D.ABORTED),
         (MEMORY, ("> ABORT", "< ABORT"), S.ABORTED, D.ABORTED),
         (f"{MEMORY}, > STATE", ("> END", "< ABORT"), S.ABORTED, D.ABORTED),
+        (f"{MEMORY}, > STATE", ("> DIGESTS", "< ABORT"), S.ABORTED, D.ABORTED),
         ("> HELLO", ("> ABORT", "< WELCOME"), S.ABORTED, D.ABORTED),
         ("> HELLO", ("> ABORT", "< REFUSE"), S.ABORTED, D.REFUSED),
         (END, ("> ABORT", "< PREPARED"), S.ABORTED, D.ABORTED),

@@ -121,7 +121,7 @@ async def _move(moving: Moving, processes: Processes, socket: str, to: hosts.Ans
     told = Company()
     log_on = asyncio.Event()
     guest.on_log = log_on.set
-    policy = Policy(**POLICY, dirty_log=moving.strategy, may_lose_pages=True)  # type: ignore[arg-type]
+    policy = Policy(**POLICY, dirty_log=moving.strategy, may_lose_pages=True, verify="off")  # type: ignore[arg-type]
     generations: tuple[int, ...] = ()
     async with _device(moving.stage, processes, guest, socket, counters, moved) as device:
         people = _people(moving.stage, guest, socket, log_on, told)

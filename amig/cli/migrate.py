@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _LIMITS = "Limits"
 _STREAM = "Stream"
+_VERIFIED = {
+    "digests": "digests of all pages as sent and as placed",
+    "full": "all memory of both sides, and digests of all pages as sent and as placed",
+    "none": "nothing was compared",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +138,16 @@ def migrate(
             rich_help_panel=_STREAM,
         ),
     ] = False,
+    verify: Annotated[
+        options.Verify,
+        typer.Option(
+            "--verify",
+            help="digests: of every page as sent and as placed, equal before the guest may run there. full: all memory "
+            "of both sides is hashed as well while the guest is paused, whatever --downtime says, and pages that "
+            "differ are named. off: for measurements.",
+            rich_help_panel=_STREAM,
+        ),
+    ] = options.Verify.DIGESTS,
     insecure: options.Insecure = False,
     tls_cert: options.TlsCert = None,
     tls_key: options.TlsKey = None,
@@ -177,6 +192,7 @@ def migrate(
         delta_cache=options.size("--delta-cache", delta_cache),
         workers=workers,
         streams=streams,
+        verify=verify.value,
         connect_timeout=options.seconds("--connect-timeout", connect_timeout),
         handover_timeout=options.seconds("--handover-timeout", handover_timeout),
     )
@@ -259,6 +275,7 @@ def report(result: Result) -> str:
             + (f", {pages.delta} as differences" if pages.delta else ""),
             f"  bytes     {format_size(result.bytes.memory)} of memory, {format_size(result.bytes.wire)} on the wire "
             f"at {rate}, {result.streams} connection{'s' * (result.streams > 1)}, compression {result.compression}",
+            f"  verified  {_VERIFIED[result.verified]}",
             f"  dirty log {result.dirty_log}, chunks of {format_size(result.chunk_bytes)}; clear to read "
             f"{window.p50:.3f} ms (p50), {window.p99:.3f} ms (p99), {window.max:.3f} ms (most)",
         )

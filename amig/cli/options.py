@@ -74,6 +74,14 @@ class Compression(StrEnum):
     AUTO = "auto"
 
 
+class Verify(StrEnum):
+    """``--verify``."""
+
+    DIGESTS = "digests"
+    FULL = "full"
+    OFF = "off"
+
+
 class OnTimeout(StrEnum):
     """``--on-timeout``."""
 

@@ -95,6 +95,10 @@ class LocalIncoming:
         """See `amig.guest.Incoming.punch`."""
         self._hosted.machine.memory.punch(region, first, count)
 
+    def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:
+        """See `amig.guest.Incoming.data_ranges`."""
+        return self._hosted.machine.memory.data_ranges(region, first, count)
+
     async def load(self, state: bytes) -> None:
         """See `amig.guest.Incoming.load`."""
         try:

@@ -268,6 +268,8 @@ class KvmMachine:
         vm, vcpus = parts.open()
         if len(vcpus) != self.vcpus:
             raise VerifyFailed(f"the device state has {len(vcpus)} vCPUs, this machine {self.vcpus}")
+        for saved in vcpus:
+            self._check_announced(saved)
         with self._lock:
             self._check_open()
             if self._started:
@@ -276,7 +278,6 @@ class KvmMachine:
             # Processors first: an interrupt that is pending in the board is then delivered to them (twice at worst),
             # while the other way round they would forget it.
             for vcpu, saved in zip(self._board.vcpus, vcpus, strict=True):
-                self._check_announced(saved)
                 snapshot.restore_vcpu(vcpu, self._vm, saved)
             snapshot.restore_vm(self._vm, vm)
             self._power.load(parts.power)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from amig.guest import Outcome
 from amig.stages.send import BlockSink
-from amig.wire.messages import End, Hello
+from amig.wire.messages import Digests, End, Hello
 
 Placed = Callable[[int], None]
 """Called with the number of a round when all of it, and of those before, is safe on the other side."""
@@ -32,8 +32,11 @@ class Destination(Protocol):
     async def listen(self) -> None:
         """Handle what the peer sends until cancelled; raises when it gives up or is lost before COMMIT."""
 
-    async def finish(self, state: bytes, end: End) -> None:
-        """Send state and END and wait until the other side has everything and has verified it."""
+    async def finish(self, state: bytes, pages: Iterable[Digests], end: End) -> None:
+        """Send state, digests of ``pages`` if any, and END; wait until the other side has and has verified everything.
+
+        Raises `VerifyFailed` when what it has is not what was sent.
+        """
 
     async def commit(self, migration: str) -> Outcome:
         """Tell that the guest is given away and wait for who runs it. Raises `InDoubt` when no answer comes."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 
-from amig.errors import MigrationError, VerifyFailed
+from amig.digest import named
+from amig.errors import MigrationError, PeerError, VerifyFailed
 from amig.guest import Incoming
+from amig.session import verify
 from amig.session.streams import StreamSource
 from amig.stages.pipeline import DestinationPipeline
 from amig.transport.framed import FramedConnection
 from amig.wire.frames import FrameHeader
 from amig.wire.frametype import FrameType
-from amig.wire.messages import Abort, End, Hello, Ping, Pong
+from amig.wire.messages import FULL_FEATURE, Abort, Digests, End, Hello, Ping, Pong
 from amig.wire.state import StateAssembler
 
 
@@ -25,14 +28,31 @@ class Filling:
         self._links = links
         self._workers = workers
         self._state = StateAssembler()
+        self._digests = verify.digests(hello.memory.regions, hello.digest_key)
+        wanted = (*hello.features_required, *hello.features_optional)
+        self._full = verify.FullCheck(guest, hello) if FULL_FEATURE in wanted else None
+        self._placed = asyncio.Condition()
+        self._rounds = 0
         self._end: End | None = None
+        self._control = StreamSource(links[0], hello.memory, self)
 
     async def receive(self, on_round: Callable[[int], Awaitable[None]]) -> None:
         """Place all pages; ``on_round`` is awaited after each round. Raises `VerifyFailed` if any is missing."""
         memory = self._hello.memory
-        sources = [StreamSource(self._links[0], memory, self)]
+
+        async def placed(round_: int) -> None:
+            await on_round(round_)
+            if self._digests is not None:
+                self._digests.roots()  # now, so that few are left for the end, when the guest waits
+            async with self._placed:
+                self._rounds = round_ + 1
+                self._placed.notify_all()
+
+        sources = [self._control]
         sources += [StreamSource(link, memory) for link in self._links[1:]]
-        pipeline = DestinationPipeline(self._guest, memory.regions, sources, workers=self._workers, on_round=on_round)
+        pipeline = DestinationPipeline(
+            self._guest, memory.regions, sources, workers=self._workers, on_round=placed, digests=self._digests
+        )
         await pipeline.run()
         end = self._end
         assert end is not None  # noqa: S101 - the pipeline ends at END only
@@ -42,6 +62,21 @@ class Filling:
                 f"{end.pages} pages and {end.zero_pages} zero pages were sent in {end.rounds} rounds; "
                 f"{got[1]} and {got[2]} in {got[0]} arrived"
             )
+        self._verify(end)
+
+    def _verify(self, end: End) -> None:
+        """Compare memory, before anything is loaded: KVM writes into it when it gets its clocks."""
+        if self._full is not None:
+            self._full.finish()
+        if self._digests is not None:
+            differing = self._digests.differing(end.memory_roots)
+            if differing:
+                raise VerifyFailed(
+                    f"guest memory as it was placed is not what was sent, in {named(differing)} "
+                    "(with --verify full, the pages themselves are named)"
+                )
+        elif end.memory_roots:
+            raise PeerError("the source sent digests that were not agreed on")
 
     async def load(self) -> None:
         """Check device and vCPU state and give it to the guest. Raises `VerifyFailed`."""
@@ -58,11 +93,17 @@ class Filling:
         if header.type is FrameType.STATE:
             self._state.add(await link.read_payload(header))
             return False
+        if header.type is FrameType.DIGESTS and self._full is None:
+            raise PeerError("the source sent digests that were not agreed on")
         message = await link.read_message(header)
         match message:
             case End():
                 self._end = message
                 return True
+            case Digests() if self._full is not None:
+                async with self._placed:  # what came before them may still be on its way to its place
+                    await self._placed.wait_for(lambda: self._rounds >= self._control.rounds)
+                self._full.compare(message)
             case Abort():
                 raise MigrationError(f"the source gave up: {message.reason}")
             case Ping():

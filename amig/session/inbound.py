@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable
 
 from amig.aio import to_its_end
-from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused
+from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused, VerifyFailed
 from amig.guest import Incoming
 from amig.session.filling import Filling
 from amig.session.questions import Answered, Records, WasAsked, answer, attend, confirmed
 from amig.session.tasks import one_error
+from amig.session.verify import FEATURES, check_features
 from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    VERIFY_FAILED,
     Abort,
     Commit,
     Discarded,
@@ -44,9 +46,6 @@ from amig.wire.messages import (
     agree,
 )
 from amig.wire.states import DestinationProtocol, DestinationState
-
-FEATURES: tuple[str, ...] = ()
-"""Optional features of the protocol that this side knows."""
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds for each message of the handshake."""
@@ -153,6 +152,7 @@ class Inbound:
         self.hello, self.migration = message, message.migration
         try:
             features = agree(message, FEATURES)
+            check_features(message, features)
             self._admit(message)
             identity = await self._guest.build(
                 name=self._name or message.name, machine=message.machine, memory=message.memory
@@ -296,13 +296,14 @@ class Inbound:
                 raise MigrationError(f"{error}; and then: {failed}") from failed
         self._enter(Phase.DISCARDED)
         reason = str(error) or type(error).__name__
+        code = VERIFY_FAILED if isinstance(error, VerifyFailed) else "failed"
         with contextlib.suppress(LinkLost, TimeoutError, OSError, RuntimeError):
             async with asyncio.timeout(LAST_WORD_TIMEOUT):
                 if after_promise and self._protocol.may_send(FrameType.DISCARDED):
                     await self._link.send_message(Discarded(migration=self.migration, reason=reason))
                     await confirmed(self._link, self.migration, self._records)
                 elif self._protocol.may_send(FrameType.ABORT):
-                    await self._link.send_message(Abort(code="failed", reason=reason))
+                    await self._link.send_message(Abort(code=code, reason=reason))
                 await self._link.close()
         self._link.abort()
 

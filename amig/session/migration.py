@@ -275,10 +275,12 @@ class Migration:
             ),
             dirty_log=session.strategy,
             link_bytes_per_s=round(stats.link.bytes_per_s),
+            verified=session.verified,
             stage_ms={
                 "sync": round(stats.sync_ns / 1e6, 3),
                 "take": round(stats.take_ns / 1e6, 3),
                 "read": round(stats.read_ns / 1e6, 3),
+                "digest": round(stats.digest_ns / 1e6, 3),
                 "compress": round(stats.compress_ns / 1e6, 3),
             },
         )

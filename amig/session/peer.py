@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted
+from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted, VerifyFailed
 from amig.guest import Outcome
 from amig.session.asking import confirm, query
 from amig.session.destination import Placed
@@ -17,8 +17,10 @@ from amig.transport import Dialer
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    VERIFY_FAILED,
     Abort,
     Commit,
+    Digests,
     Discarded,
     End,
     Hello,
@@ -153,17 +155,23 @@ class Peer:
                 if self._prepared.done() and not self._outcome.done():
                     self._outcome.set_result(Outcome.DISCARDED)
             case Abort():
-                raise MigrationError(f"{self.address} gave up: {message.reason}")
+                kind = VerifyFailed if message.code == VERIFY_FAILED else MigrationError
+                raise kind(f"{self.address} gave up: {message.reason}")
             case Ping():
                 await self._links[0].send_message(Pong(seq=message.seq, sent_ns=message.sent_ns))
             case _:
                 pass
 
-    async def finish(self, state: bytes, end: End) -> None:
-        """Send state and END; returns once the destination is PREPARED."""
+    async def finish(self, state: bytes, pages: Iterable[Digests], end: End) -> None:
+        """Send state, digests and END; returns once the destination is PREPARED."""
         try:
             async with asyncio.timeout(self._handover_timeout):
                 await self._links[0].send_state(state)
+            for some in pages:  # takes as long as hashing all memory does
+                async with asyncio.timeout(self._handover_timeout):
+                    await self._links[0].send_message(some)
+                await asyncio.sleep(0)
+            async with asyncio.timeout(self._handover_timeout):
                 await self._links[0].send_message(end)
                 await asyncio.shield(self._prepared)
         except TimeoutError:

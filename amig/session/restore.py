@@ -6,9 +6,10 @@ from amig.errors import PeerError, SnapshotError
 from amig.guest import Incoming
 from amig.session.filling import Filling
 from amig.session.tasks import one_error
+from amig.session.verify import FEATURES, check_features
 from amig.transport.file import read
 from amig.transport.framed import FramedConnection
-from amig.wire.messages import Hello
+from amig.wire.messages import Hello, agree
 from amig.wire.states import SnapshotReaderProtocol
 
 
@@ -24,6 +25,10 @@ async def restore(path: str, guest: Incoming, *, name: str | None = None, worker
         with one_error():
             hello = await link.receive()
             assert isinstance(hello, Hello)  # noqa: S101 - the table of states lets nothing else through
+            try:
+                check_features(hello, agree(hello, FEATURES))
+            except PeerError as error:
+                raise SnapshotError(f"{path} can't be restored: {error}") from error
             await guest.build(name=name or hello.name, machine=hello.machine, memory=hello.memory)
             filling = Filling(guest, hello, [link], workers=workers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from amig.guest import Outcome
 from amig.session.destination import Placed
@@ -13,7 +13,7 @@ from amig.stages.send import BlockSink
 from amig.transport.file import FileWriter, create
 from amig.transport.framed import FramedConnection
 from amig.transport.partial import check_space
-from amig.wire.messages import End, Hello
+from amig.wire.messages import Digests, End, Hello
 from amig.wire.states import SnapshotWriterProtocol
 
 
@@ -50,10 +50,13 @@ class SnapshotFile:
         """A file says nothing: waits until cancelled."""
         await asyncio.get_running_loop().create_future()
 
-    async def finish(self, state: bytes, end: End) -> None:
-        """Write state and END."""
+    async def finish(self, state: bytes, pages: Iterable[Digests], end: End) -> None:
+        """Write state, digests and END."""
         assert self._link is not None  # noqa: S101 - as above
         await self._link.send_state(state)
+        for some in pages:
+            await self._link.send_message(some)
+            await asyncio.sleep(0)
         await self._link.send_message(end)
 
     async def commit(self, migration: str) -> Outcome:

@@ -40,6 +40,10 @@ class _Loading:
         assert self.memory is not None  # noqa: S101 - as above
         self.memory.punch(region, first, count)
 
+    def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:
+        assert self.memory is not None  # noqa: S101 - as above
+        return self.memory.data_ranges(region, first, count)
+
     async def load(self, state: bytes) -> None:
         self.state = state
 

@@ -14,15 +14,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import secrets
 import time
+from collections.abc import Iterable
 
 from amig.aio import to_its_end
+from amig.digest import KEY_BYTES
 from amig.errors import AmigError, ControlError, InDoubt, LinkLost
 from amig.events import Notice, State, StateChanged
 from amig.guest import Guest, Handover, LogStarted, Outcome
 from amig.host.stock import in_use
 from amig.memory import WORD_PAGES
 from amig.policy import Convergence, Limits, Policy
+from amig.session import verify
 from amig.session.destination import Destination
 from amig.session.progress import ProgressMeter, Tell
 from amig.session.tasks import one_error
@@ -30,8 +34,10 @@ from amig.stages.ledger import Ledger
 from amig.stages.pipeline import SourcePipeline
 from amig.stages.send import Throttle
 from amig.stats import MigrationStats
-from amig.wire.messages import End, Hello
+from amig.wire.messages import Digests, End, Hello
 
+HASH_RATE = 1e9
+"""Bytes a second that both sides hash at least, with ``verify`` full."""
 PROGRESS_PERIOD = 0.1
 """Seconds between two progress events."""
 SLOW = 4
@@ -73,6 +79,9 @@ class SourceSession:
         self._ledger = Ledger(guest.info.memory.regions)
         self._paused_at = 0.0
         self._paused = asyncio.Event()
+        self._key = b"" if policy.verify == "off" else secrets.token_bytes(KEY_BYTES)
+        self._digests = verify.digests(guest.info.memory.regions, self._key)
+        self.verified = "none"
 
     @property
     def can_cancel(self) -> bool:
@@ -127,6 +136,8 @@ class SourceSession:
                 clock="freeze",
                 memory_used=min(in_use(self._guest.memory.fds().values()), info.memory.size),
                 amig=self._release,
+                features_required=verify.features(self._policy.verify),
+                digest_key=self._key,
             )
         )
         if not self._keep:
@@ -150,11 +161,13 @@ class SourceSession:
                 stats=self.stats,
                 observer=self._meter,
                 on_pause=self._pausing,
+                digests=self._digests,
             )
             patience = group.create_task(self._bound_pause())
             state = await pipeline.run()
-            await self._destination.finish(state, self._end(state))
+            await self._destination.finish(state, self._all_pages(), self._end(state))
             patience.cancel()
+            self._have_verified()
             await self._hand_over()
             listener.cancel()
             ticker.cancel()
@@ -234,6 +247,8 @@ class SourceSession:
             return
         rate = self._convergence.rate(self.stats.link.bytes_per_s)
         expected = self._convergence.downtime(self._convergence.history[-1], rate) if rate else 0.0
+        if self._policy.verify == "full":
+            expected += self._guest.info.memory.size / HASH_RATE
         limit = self._policy.handover_timeout + SLOW * expected
         await asyncio.sleep(limit)
         raise LinkLost(
@@ -242,6 +257,8 @@ class SourceSession:
         )
 
     def _pausing(self) -> None:
+        if self._digests is not None:
+            self._digests.roots()  # so that while the guest waits only those are left that its last pages change
         self._paused_at = time.monotonic()
         self._paused.set()
         self._enter(State.SWITCHOVER)
@@ -262,4 +279,19 @@ class SourceSession:
             zero_pages=self.stats.pages_zero,
             state_bytes=len(state),
             state_digest=hashlib.blake2b(state, digest_size=32).digest(),
+            memory_roots=b"" if self._digests is None else self._digests.roots(),
         )
+
+    def _all_pages(self) -> Iterable[Digests]:
+        """Return the digests of all memory, hashed as they are sent; nothing unless that was asked for."""
+        if self._policy.verify != "full":
+            return ()
+        info = self._guest.info
+        self._tell(
+            Notice(text="hashing all memory while the guest is paused (--verify full): the downtime limit is off")
+        )
+        return verify.hash_memory(self._guest.memory, info.memory.regions, self._key)
+
+    def _have_verified(self) -> None:
+        if self._policy.verify != "off" and not self._destination.one_way:
+            self.verified = self._policy.verify

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import zstandard
 
 from amig import bitmap
+from amig.digest import PageDigests
 from amig.memory import PAGE_SIZE, GuestMemory, Pages
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
@@ -47,9 +48,10 @@ class Compress:
         markers: int,
         live: bool,
         stats: MigrationStats,
+        digests: PageDigests | None = None,
     ) -> None:
         """``markers`` copies of every `RoundEnd` are passed on: one for each connection."""
-        self._reader = ChunkReader(memory, stats)
+        self._reader = ChunkReader(memory, stats, digests)
         self._in = chunks
         self._out = blocks
         self._pool = pool

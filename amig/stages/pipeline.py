@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from amig.digest import PageDigests
 from amig.guest import Guest, Incoming
 from amig.memory import Region
 from amig.policy import Convergence, Policy
@@ -51,7 +52,9 @@ class SourcePipeline:
         stats: MigrationStats,
         observer: Observer,
         on_pause: Callable[[], None],
+        digests: PageDigests | None = None,
     ) -> None:
+        """``digests`` takes those of all pages sent; None: nobody wants them."""
         extents_in: SendEnd[Extent | RoundEnd]
         extents: ReceiveEnd[Extent | RoundEnd]
         chunks_in: SendEnd[Chunk | RoundEnd]
@@ -88,6 +91,7 @@ class SourcePipeline:
             markers=len(sinks),
             live=live,
             stats=stats,
+            digests=digests,
         )
         self._send = Send(blocks, sinks, throttle=throttle, pool=pool, stats=stats)
 
@@ -110,7 +114,9 @@ class DestinationPipeline:
         *,
         workers: int,
         on_round: Callable[[int], Awaitable[None]],
+        digests: PageDigests | None = None,
     ) -> None:
+        """``digests`` takes those of all pages placed; None: nobody wants them."""
         blocks_in: SendEnd[Block | RoundEnd]
         blocks: ReceiveEnd[Block | RoundEnd]
         pages_in: SendEnd[Block | RoundEnd]
@@ -118,7 +124,7 @@ class DestinationPipeline:
         blocks_in, blocks = channel(QUEUED_BYTES)
         pages_in, pages = channel(2 * BLOCK_BYTES)
         pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
-        self.place = Place(guest, regions, pages, pool=pool, on_round=on_round)
+        self.place = Place(guest, regions, pages, pool=pool, on_round=on_round, digests=digests)
         self._receive = Receive(sources, blocks_in, pool=pool, landing=self.place)
         self._decompress = Decompress(blocks, pages_in, workers=workers)
 

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import numpy as np
 
 from amig import bitmap
+from amig.digest import PageDigests
 from amig.guest import Incoming
 from amig.memory import PAGE_SIZE, WORD_PAGES, Pages, Region, Words
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.gather import is_run, runs
-from amig.stages.items import Block, Codec, RoundEnd
+from amig.stages.items import Block, Codec, PageIndex, RoundEnd
 
 MAX_POPULATED = 16
 """Runs of fresh pages in a block up to which they are backed by one call each before their data comes."""
@@ -34,12 +35,14 @@ class Place:
         *,
         pool: BufferPool,
         on_round: Callable[[int], Awaitable[None]],
+        digests: PageDigests | None = None,
     ) -> None:
         """``on_round`` is awaited when every page of a round is in place."""
         self._guest = guest
         self._in = pages
         self._pool = pool
         self._on_round = on_round
+        self._digests = digests
         self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
         self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
         self._rounds = 0
@@ -81,19 +84,28 @@ class Place:
         placed = self._placed[block.region][at]
         stale = block.zero & placed
         if stale.any():
-            memory[bitmap.to_pages(stale, block.first)] = 0
+            index = bitmap.to_pages(stale, block.first)
+            memory[index] = 0
+            if self._digests is not None:
+                self._digests.zero(block.region, index)
             placed &= ~stale
         if block.data_pages:
             fresh = block.pages & ~block.zero
-            if block.data is not None:
-                assert isinstance(block.data, memoryview)  # noqa: S101 - what has landed has none
-                index = bitmap.to_pages(fresh, block.first)
-                content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
-                where = slice(int(index[0]), int(index[-1]) + 1) if is_run(index) else index
-                if block.codec is Codec.XOR:
-                    memory[where] ^= content
-                else:
-                    memory[where] = content
             placed |= fresh
+            if block.data is not None or self._digests is not None:
+                self._fill(block, memory, bitmap.to_pages(fresh, block.first))
         self.pages_placed += block.data_pages
         self.pages_zero += block.zero_pages
+
+    def _fill(self, block: Block, memory: Pages, index: PageIndex) -> None:
+        """Write the block's content, unless it has landed there, and take the digests of what is there now."""
+        if block.data is not None:
+            assert isinstance(block.data, memoryview)  # noqa: S101 - what has landed has none
+            content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
+            where = slice(int(index[0]), int(index[-1]) + 1) if is_run(index) else index
+            if block.codec is Codec.XOR:
+                memory[where] ^= content
+            else:
+                memory[where] = content
+        if self._digests is not None:
+            self._digests.hash(block.region, memory, index)

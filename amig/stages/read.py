@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amig import bitmap
+from amig.digest import PageDigests
 from amig.memory import PAGE_SIZE, GuestMemory, Words
 from amig.pieces import Pieces
 from amig.stages.gather import block_edges, zero_pages
@@ -19,9 +20,10 @@ from amig.stats import MigrationStats
 class ChunkReader:
     """Turns chunks into blocks whose content is guest memory itself; copying it is the caller's business."""
 
-    def __init__(self, memory: GuestMemory, stats: MigrationStats) -> None:
+    def __init__(self, memory: GuestMemory, stats: MigrationStats, digests: PageDigests | None = None) -> None:
         self._memory = memory
         self._stats = stats
+        self._digests = digests
 
     def blocks(self, chunk: Chunk) -> Iterator[Block]:
         """Yield the chunk's blocks, live; the last one carries the time of the clear."""
@@ -73,6 +75,8 @@ class ChunkReader:
             content, zero = index[~empty], bitmap.from_pages(index[empty] - first, span)
         else:
             content, zero = index, bitmap.zeros(span)
+        if self._digests is not None:
+            self._digest(region, content, index[empty])
         return Block(
             round=chunk.extent.round,
             region=region,
@@ -87,3 +91,13 @@ class ChunkReader:
             size=len(content) * PAGE_SIZE,
             cleared_ns=chunk.cleared_ns if last else 0,
         )
+
+    def _digest(self, region: int, content: PageIndex, zero: PageIndex) -> None:
+        # Just before the pages are copied: what the hash has read comes out of the cache then.
+        begin = time.monotonic_ns()
+        assert self._digests is not None  # noqa: S101 - the caller has asked
+        if len(content):
+            self._digests.hash(region, self._memory.pages(region), content)
+        if len(zero):
+            self._digests.zero(region, zero)
+        self._stats.digest_ns += time.monotonic_ns() - begin

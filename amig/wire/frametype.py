@@ -44,3 +44,5 @@ class FrameType(enum.IntEnum):
     """The answer to PING."""
     QUERY = 18
     """Source, on a connection of its own after a lost one: what became of that migration?"""
+    DIGESTS = 22
+    """Source, stream 0: digests of all pages, when memory is hashed again on both sides."""

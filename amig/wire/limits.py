@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from amig import digest
 from amig.memory import MAX_REGIONS, PAGE_SIZE, WORD_PAGES
 
 KIB: Final = 1 << 10
@@ -72,3 +73,9 @@ MAX_TOKEN: Final = 64
 
 MAX_DIGEST: Final = 64
 """Bytes in a digest."""
+
+MAX_ROOT_BYTES: Final = 8 * digest.MAX_ROOTS
+"""Bytes of roots in END."""
+
+MAX_PAGE_DIGESTS: Final = 4096
+"""Pages in a DIGESTS message."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from amig.digest import KEY_BYTES
 from amig.errors import PeerError, UsageError
 from amig.memory import MemoryMap
 from amig.wire import limits
@@ -25,6 +26,14 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """A number of things, bytes or nanoseconds."""
 Name = Annotated[str, Meta(min_length=1, max_length=limits.MAX_NAME, pattern=r"^[!-~]+\Z")]
 """Printable ASCII without spaces."""
+DIGESTS_FEATURE: Final = "digests"
+"""Feature: HELLO has a key, END the roots of all page digests, and the destination compares them."""
+FULL_FEATURE: Final = "digests-full"
+"""Feature: DIGESTS of all pages come before END, and the destination compares them with its memory."""
+
+VERIFY_FAILED: Final = "verify"
+"""Code of an ABORT whose reason is that what arrived is not what was sent."""
+
 MigrationId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 """32 hex digits, made by the source for one migration."""
 Text = Annotated[str, Meta(max_length=limits.MAX_TEXT)]
@@ -32,6 +41,8 @@ Text = Annotated[str, Meta(max_length=limits.MAX_TEXT)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=limits.MAX_FEATURES)]
 RoundNumber = Annotated[int, Meta(ge=0, le=limits.MAX_ROUND)]
 Digest = Annotated[bytes, Meta(max_length=limits.MAX_DIGEST)]
+DigestKey = Annotated[bytes, Meta(max_length=KEY_BYTES)]
+Roots = Annotated[bytes, Meta(max_length=limits.MAX_ROOT_BYTES)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=limits.MAX_TOKEN)]
 
 
@@ -63,6 +74,8 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     compression: Literal["none", "zstd", "auto"] = "none"
     clock: Literal["advance", "freeze"] = "advance"
     """Whether the guest's clock counts the time that it was stopped."""
+    digest_key: DigestKey = b""
+    """Key of all page digests, 8 bytes, with the feature `DIGESTS_FEATURE`; else empty."""
     memory_used: Count = 0
     """Bytes of ``memory`` that held something when the source asked; 0 when it does not know."""
 
@@ -135,8 +148,17 @@ class End(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state_bytes: Annotated[int, Meta(ge=0, le=limits.MAX_STATE)]
     state_digest: Digest
     """BLAKE2b-256 of the whole state; empty when there is none."""
-    memory_digest: Digest = b""
-    """Of the memory as last sent; its meaning is set by a feature, empty without one."""
+    memory_roots: Roots = b""
+    """Roots of the digests of all pages as last sent, with the feature `DIGESTS_FEATURE`; else empty."""
+
+
+class Digests(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Digests of consecutive pages, hashed while the guest is paused; all pages, in order, one message each range."""
+
+    region: Annotated[int, Meta(ge=0, le=limits.MAX_REGION_ID)]
+    first: Count
+    digests: Annotated[bytes, Meta(min_length=8, max_length=8 * limits.MAX_PAGE_DIGESTS)]
+    """8 bytes a page."""
 
 
 class Prepared(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -211,6 +233,7 @@ _TYPES: Final[Mapping[type[Message], FrameType]] = {
     Round: FrameType.ROUND,
     Placed: FrameType.PLACED,
     End: FrameType.END,
+    Digests: FrameType.DIGESTS,
     Prepared: FrameType.PREPARED,
     Commit: FrameType.COMMIT,
     Running: FrameType.RUNNING,

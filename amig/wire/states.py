@@ -141,7 +141,7 @@ SOURCE: Final[Table[SourceState]] = {
     | _send(_S.ABORTED, F.ABORT)
     | _receive(_S.ABORTED, F.ABORT)
     | _pings(_S.MEMORY),
-    _S.SWITCHOVER: _send(_S.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND)
+    _S.SWITCHOVER: _send(_S.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND, F.DIGESTS)
     | _receive(_S.SWITCHOVER, F.PLACED)
     | _send(_S.WAIT_PREPARED, F.END)
     | _send(_S.ABORTED, F.ABORT)
@@ -203,7 +203,7 @@ DESTINATION: Final[Table[DestinationState]] = {
     | _send(_D.ABORTED, F.ABORT)
     | _receive(_D.ABORTED, F.ABORT)
     | _pings(_D.MEMORY),
-    _D.SWITCHOVER: _receive(_D.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND)
+    _D.SWITCHOVER: _receive(_D.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND, F.DIGESTS)
     | _send(_D.SWITCHOVER, F.PLACED)
     | _receive(_D.END_RECEIVED, F.END)
     | _send(_D.ABORTED, F.ABORT)
@@ -222,7 +222,7 @@ DESTINATION: Final[Table[DestinationState]] = {
     _D.DONE: _pings(_D.DONE),
     _D.DISCARDED: _receive(_D.DISCARDED, F.COMMIT, F.ABORT, F.PING, F.PONG),
     _D.REFUSED: _receive(_D.REFUSED, F.ABORT, F.PING, F.PONG),
-    _D.ABORTED: _receive(_D.ABORTED, F.BLOCK, F.ROUND, F.STATE, F.END, F.ABORT, F.PING, F.PONG),
+    _D.ABORTED: _receive(_D.ABORTED, F.BLOCK, F.ROUND, F.STATE, F.DIGESTS, F.END, F.ABORT, F.PING, F.PONG),
     _D.UNDECIDED: {},
     _D.JOINING: _send(_D.STREAM, F.JOINED) | _send(_D.REFUSED, F.REFUSE),
     _D.STREAM: _receive(_D.STREAM, F.BLOCK, F.ROUND),
@@ -256,7 +256,7 @@ def _snapshot(way: Way) -> Table[SnapshotState]:
     return {
         _N.IDLE: _on(way, _N.MEMORY, F.HELLO),
         _N.MEMORY: _on(way, _N.MEMORY, F.BLOCK, F.ROUND) | _on(way, _N.SWITCHOVER, F.STATE),
-        _N.SWITCHOVER: _on(way, _N.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND) | _on(way, _N.DONE, F.END),
+        _N.SWITCHOVER: _on(way, _N.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND, F.DIGESTS) | _on(way, _N.DONE, F.END),
         _N.DONE: {},
         _N.LOST: {},
     }

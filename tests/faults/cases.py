@@ -61,6 +61,7 @@ SCENARIO_OF: Final[dict[Send, str]] = {
         + destination(D.END_RECEIVED, F.PREPARED)
         + destination(D.COMMITTED, F.RUNNING),
         "streams": source(S.IDLE, F.JOIN) + source(S.STREAM, F.BLOCK, F.ROUND) + destination(D.JOINING, F.JOINED),
+        "hashed-again": source(S.SWITCHOVER, F.DIGESTS),
         "stranger": destination(D.JOINING, F.REFUSE),
         "refused": destination(D.HELLO_RECEIVED, F.REFUSE),
         "placed-in-switchover": destination(D.SWITCHOVER, F.PLACED),

@@ -48,6 +48,11 @@ async def streams(here: World, patch: pytest.MonkeyPatch) -> None:
     here.policy = dataclasses.replace(here.policy, streams=3)
 
 
+async def hashed_again(here: World, patch: pytest.MonkeyPatch) -> None:
+    """With all memory hashed again while it is paused."""
+    here.policy = dataclasses.replace(here.policy, verify="full")
+
+
 async def stranger(here: World, patch: pytest.MonkeyPatch) -> None:
     """Somebody else comes with JOIN while the destination waits for the source's."""
     await streams(here, patch)
@@ -169,6 +174,7 @@ async def asked_unknown(here: World, patch: pytest.MonkeyPatch) -> None:
 SCENARIOS: dict[str, Scenario] = {
     "move": move,
     "streams": streams,
+    "hashed-again": hashed_again,
     "stranger": stranger,
     "refused": fails("build"),
     "placed-in-switchover": placed_in(D.SWITCHOVER),

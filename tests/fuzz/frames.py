@@ -149,6 +149,7 @@ def every_message() -> Iterator[messages.Message]:
     yield messages.Ping(seq=1, sent_ns=2)
     yield messages.Pong(seq=1, sent_ns=2)
     yield messages.Query(migration=ID)
+    yield messages.Digests(region=0, first=0, digests=bytes(range(64)))
 
 
 def a_block(**changes: Any) -> block.BlockFrame:

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import zstandard
 
+from amig.digest import PageDigests, hash_all
 from amig.errors import AmigError, HostError, LinkLost, Refused
 from amig.memory import PAGE_SIZE, MemoryMap, Pages, Region, Slot
 from amig.session.inbound import Inbound
@@ -44,6 +45,7 @@ FENCE = 16
 MARK = 0xA5
 STREAMS, OWN_HELLO, SOCKET = 3, 4, 8
 TAG = 1
+KEY = b"a digest"
 STAY = 0.05
 """Seconds that further connections stay open; far longer than the first one takes when it does not wait for them."""
 
@@ -192,10 +194,18 @@ def connections(data: bytes) -> list[bytes]:
     return said
 
 
-def hello(streams_: int) -> bytes:
+def hello(streams_: int, *features: str) -> bytes:
     return streams.message(
         messages.Hello(
-            migration=ID, name="web1", engine="model", vcpus=1, memory=MAP, machine=b"model", streams=streams_
+            migration=ID,
+            name="web1",
+            engine="model",
+            vcpus=1,
+            memory=MAP,
+            machine=b"model",
+            streams=streams_,
+            features_required=features,
+            digest_key=KEY if features else b"",
         )
     )
 
@@ -264,6 +274,22 @@ def last_words(rounds: int, pages: int, zero_pages: int) -> bytes:
     return streams.state(b"state") + streams.end(rounds, pages, zero_pages, b"state") + commit
 
 
+def proven(*features: str) -> bytes:
+    """Return a whole migration of one page whose digests are compared; they are right."""
+    memory = {region.id: np.zeros((region.pages, PAGE_SIZE), np.uint8) for region in MAP.regions}
+    memory[0][5] = np.arange(PAGE_SIZE) % 251
+    told = PageDigests(MAP.regions, int.from_bytes(KEY, "little"))
+    told.hash(0, memory[0], np.array([5]))
+    said = hello(1, *features) + one_page(5, memory[0][5].tobytes(), packed=True) + round_end(0, 1)
+    said += streams.state(b"state")
+    if messages.FULL_FEATURE in features:
+        for region, pages in memory.items():
+            found = hash_all(pages, 0, np.ones(len(pages), np.bool_), int.from_bytes(KEY, "little"))
+            said += streams.message(messages.Digests(region=region, first=0, digests=found.tobytes()))
+    said += streams.end(1, 1, 0, b"state", told.roots())
+    return said + streams.message(messages.Commit(migration=ID))
+
+
 def seeds() -> Iterator[tuple[str, bytes]]:
     text = b"text".ljust(16) * 256
     ping = streams.message(messages.Ping(seq=1, sent_ns=2))
@@ -289,6 +315,8 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "three-connections", bytes([2]) + three + tagged(last_words(1, 2, 0))
     yield "abort", bytes([0]) + tagged(a_block(2 * text, packed=True) + abort)
     yield "own-hello", bytes([OWN_HELLO]) + tagged(hello(1) + round_end(0, 0) + last_words(1, 0, 0))
+    yield "digests", bytes([OWN_HELLO]) + tagged(proven(messages.DIGESTS_FEATURE))
+    yield "digests-full", bytes([OWN_HELLO]) + tagged(proven(messages.DIGESTS_FEATURE, messages.FULL_FEATURE))
     yield "query", bytes([OWN_HELLO]) + tagged(streams.message(messages.Query(migration=ID)))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from amig.errors import AmigError
 from amig.session.restore import restore
 from amig.transport.file import MAGIC
+from amig.wire import messages
 
 from . import streams
 from .loops import complete
-from .receiver import FencedGuest, a_block, hello, last_words, one_page, round_end
+from .receiver import FencedGuest, a_block, hello, last_words, one_page, proven, round_end
 from .target import Mutate, Target
 
 
@@ -55,6 +56,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     zero = np.array([1 << 6], np.uint64)
     again = one_page(6, text, packed=True) + round_end(0, 1) + one_page(6, b"", round=1, zero=zero) + round_end(1, 1)
     yield "two-rounds", start + again + words(2, 1, 1)
+    yield "digests", MAGIC + b"".join(streams.cut(proven(messages.DIGESTS_FEATURE, messages.FULL_FEATURE))[:-1])
     yield "empty", start + round_end(0, 0) + words(1, 0, 0)
 
 

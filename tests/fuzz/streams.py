@@ -34,7 +34,7 @@ def state(content: bytes) -> bytes:
     return b"".join(b"".join(frames.frame(FrameType.STATE, head + part)) for head, part in split(content))
 
 
-def end(rounds: int, pages: int, zero_pages: int, content: bytes) -> bytes:
+def end(rounds: int, pages: int, zero_pages: int, content: bytes, memory_roots: bytes = b"") -> bytes:
     """Return an END frame."""
     return message(
         messages.End(
@@ -43,6 +43,7 @@ def end(rounds: int, pages: int, zero_pages: int, content: bytes) -> bytes:
             zero_pages=zero_pages,
             state_bytes=len(content),
             state_digest=digest(content),
+            memory_roots=memory_roots,
         )
     )
 
