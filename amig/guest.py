@@ -197,10 +197,10 @@ class Incoming(Protocol):
     def pages(self, region: int) -> Pages:
         """Writable memory of a region."""
 
-    def populate(self, region: int, first: int, count: int) -> None:
+    def populate(self, region: int, first: int, count: int) -> bool:
         """Have the kernel back a run of pages with memory ahead of their data; blocks for about 2 us a page.
 
-        Half the cost of letting the data's own arrival fault them in one by one.
+        False: all memory has been backed long ago. May be called on any thread.
         """
 
     def punch(self, region: int, first: int, count: int) -> None:

@@ -162,6 +162,7 @@ class ModelIncoming:
     def __init__(self, memory_map: MemoryMap | None = None) -> None:
         self.array = ArrayMemory(memory_map) if memory_map else None
         self.calls: list[str] = []
+        self.backed: set[int] = set()
         self.expected = ""
         self.state = b""
 
@@ -177,10 +178,12 @@ class ModelIncoming:
         assert self.array is not None
         return self.array.arrays[region]
 
-    def populate(self, region: int, first: int, count: int) -> None:
-        pass
+    def populate(self, region: int, first: int, count: int) -> bool:
+        self.backed.update(range(first, first + count))
+        return True
 
     def punch(self, region: int, first: int, count: int) -> None:
+        self.backed.difference_update(range(first, first + count))
         self.pages(region)[first : first + count] = 0
 
     def data_ranges(self, region: int, first: int, count: int) -> list[tuple[int, int]]:

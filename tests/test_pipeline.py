@@ -170,6 +170,15 @@ async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
     assert sum(bitmap.count(b.pages) for b in run.links[0].blocks) == 3
 
 
+async def test_memory_backed_in_vain_is_given_back_before_the_second_round() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES // 4))  # in a row: more is likely to follow, but only zeros do
+    guest.write(np.arange(PAGES // 4, PAGES), zero=True)
+    run = await migrate(guest, Policy(chunk=1 << 18))
+    run.assert_equal()
+    assert run.incoming.backed <= set(range(PAGES // 4))
+
+
 async def test_a_hole_filled_while_the_first_round_runs_is_sent() -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(64))

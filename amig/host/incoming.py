@@ -87,9 +87,9 @@ class LocalIncoming:
         """See `amig.guest.Incoming.pages`."""
         return self._pages[region]
 
-    def populate(self, region: int, first: int, count: int) -> None:
+    def populate(self, region: int, first: int, count: int) -> bool:
         """See `amig.guest.Incoming.populate`."""
-        self._hosted.machine.memory.populate(region, first, count)
+        return self._hosted.machine.memory.populate(region, first, count)
 
     def punch(self, region: int, first: int, count: int) -> None:
         """See `amig.guest.Incoming.punch`."""

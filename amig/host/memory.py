@@ -131,11 +131,15 @@ class MemfdMemory(MappedMemory):
         """Return a new read-only descriptor of a region, to be passed to another process; the caller owns it."""
         return self._mapping(region).reopen_readonly()
 
-    def populate(self, region: int, first: int, count: int) -> None:
-        """Have the kernel back a run of pages; contents stay. Blocks (first touch costs microseconds a page)."""
+    def populate(self, region: int, first: int, count: int) -> bool:
+        """Have the kernel back a run of pages; contents stay. Blocks (first touch costs microseconds a page).
+
+        Returns False, having done nothing, where all memory is backed already.
+        """
         self._check_pages(region, first, count)
         if count and not self.backed:
             self._mapping(region).populate(first * PAGE_SIZE, count * PAGE_SIZE)
+        return not self.backed
 
     def punch(self, region: int, first: int, count: int) -> None:
         """Make a run of pages zero and give their memory back. Not a host-side write: marks nothing dirty."""

@@ -32,9 +32,9 @@ class _Loading:
         assert self.memory is not None  # noqa: S101 - build comes first
         return self.memory.pages(region)
 
-    def populate(self, region: int, first: int, count: int) -> None:
+    def populate(self, region: int, first: int, count: int) -> bool:
         assert self.memory is not None  # noqa: S101 - as above
-        self.memory.populate(region, first, count)
+        return self.memory.populate(region, first, count)
 
     def punch(self, region: int, first: int, count: int) -> None:
         assert self.memory is not None  # noqa: S101 - as above

@@ -11,6 +11,7 @@ from amig.digest import PageDigests
 from amig.guest import Incoming
 from amig.memory import PAGE_SIZE, WORD_PAGES, Pages, Region, Words
 from amig.pieces import Pieces
+from amig.stages.ahead import BackingAhead
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.gather import is_run, runs
@@ -45,38 +46,54 @@ class Place:
         self._digests = digests
         self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
         self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
+        self._ahead = BackingAhead(regions, guest.populate)
         self._rounds = 0
         self.pages_placed = 0
         self.pages_zero = 0
 
     async def run(self) -> None:
         """Place until the input ends."""
-        async for item in self._in:
-            if isinstance(item, RoundEnd):
-                self._rounds = item.round + 1
-                await self._on_round(item.round)
-                continue
-            self._place(item)
-            if item.buffer is not None:
-                self._pool.release(item.buffer)
+        try:
+            async for item in self._in:
+                if isinstance(item, RoundEnd):
+                    if item.round == 0:
+                        await self._give_back()
+                    self._rounds = item.round + 1
+                    await self._on_round(item.round)
+                    continue
+                self._place(item)
+                if item.buffer is not None:
+                    self._pool.release(item.buffer)
+        finally:
+            self._ahead.close()
 
     def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """See `amig.stages.receive.Landing`: yes, once nothing of an older round waits to be placed over it."""
         if round_ != self._rounds:
             return None
+        index = bitmap.to_pages(fresh, first)
+        if round_ == 0 and is_run(index):
+            self._ahead.came(region, int(index[0]), int(index[-1]) + 1)
         self._back(region, first, fresh)
-        return Pieces(self._memory[region], bitmap.to_pages(fresh, first))
+        return Pieces(self._memory[region], index)
 
     def _back(self, region: int, first: int, fresh: Words) -> None:
         """Have fresh memory backed run by run, where there are few."""
         at = slice(first // WORD_PAGES, first // WORD_PAGES + len(fresh))
-        bits = fresh & ~self._placed[region][at]
+        bits = self._ahead.missing(region, first, fresh & ~self._placed[region][at])
         if not bits.any():
             return
         untouched = runs(bitmap.to_pages(bits, first))
         if len(untouched) <= MAX_POPULATED:
             for start, end in untouched:
                 self._guest.populate(region, start, end - start)
+
+    async def _give_back(self) -> None:
+        """Punch what was backed ahead and never came: no block of the next round can land before this returns."""
+        for region, backed in (await self._ahead.backed()).items():
+            first, count = bitmap.runs(backed & ~self._placed[region])
+            for start, pages in zip(first.tolist(), count.tolist(), strict=True):
+                self._guest.punch(region, start, pages)
 
     def _place(self, block: Block) -> None:
         memory = self._memory[block.region]
@@ -101,6 +118,8 @@ class Place:
         """Write the block's content, unless it has landed there, and take the digests of what is there now."""
         if block.data is not None:
             assert isinstance(block.data, memoryview)  # noqa: S101 - what has landed has none
+            if block.round == 0 and is_run(index):
+                self._ahead.came(block.region, int(index[0]), int(index[-1]) + 1)
             content = np.frombuffer(block.data, np.uint8).reshape(-1, PAGE_SIZE)
             where = slice(int(index[0]), int(index[-1]) + 1) if is_run(index) else index
             if block.codec is Codec.XOR:
