@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,6 @@ from amig.host.service import HostService
 from amig.kvm.abi_numbers import Cap
 from amig.kvm.system import Kvm
 from amig.kvm.vm import Vm
-from amig.wire.messages import Hello
 from tests import commands
 from tests.moving import (
     CHECK,
@@ -101,7 +99,7 @@ async def test_memory_prepared_for_a_guest_that_was_refused_waits_for_the_next(m
         prepared = target._stock._ready
         assert target._stock.prepared == 96 * MIB
         with monkeypatch.context() as there:
-            there.setattr("amig.session.source.Hello", partial(Hello, features_required=("teleport",)))
+            there.setattr("amig.session.verify.features", lambda _: ("teleport",))
             await refused(source, target.address, Refused)
         assert target._stock._ready is prepared
         await arrives(source, target)
@@ -290,7 +288,7 @@ async def test_a_host_that_logs_by_ring_takes_guests_on_kvm_only(monkeypatch: py
 async def test_a_feature_that_the_destination_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     async with hosting(engine="simulator") as source, receiving() as target:
         with monkeypatch.context() as there:
-            there.setattr("amig.session.source.Hello", partial(Hello, features_required=("teleport",)))
+            there.setattr("amig.session.verify.features", lambda _: ("teleport",))
             text = await refused(source, target.address, Refused)
         assert text.endswith("the source requires teleport, which this side does not know: upgrade it")
         await arrives(source, target)
