@@ -140,8 +140,8 @@ async def survives(kill: Kill) -> None:
         async def strike() -> None:
             victim = {Victim.MIGRATOR: here.migrator, Victim.SOURCE: here.source, Victim.DESTINATION: here.destination}
             victim[kill.victim].send(signal.SIGKILL)
+            killed.set()  # now: the end of its connection may cancel us
             await asyncio.to_thread(victim[kill.victim].popen.wait)
-            killed.set()
 
         here.relay.on(kill.send, strike, after=kill.position is Position.AFTER)
         here.migrator = await here.start(
@@ -157,7 +157,7 @@ async def survives(kill: Kill) -> None:
         for name, how in zip("ab", states, strict=True):
             if how == "running":
                 await intact(here, name)
-        left = {path.suffix for path in (state_dir() / "handover").iterdir()}
+        left = {path.suffix for path in (state_dir() / "handover").glob("*")}
         assert ".arriving" not in left
 
 
