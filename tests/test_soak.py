@@ -69,7 +69,7 @@ async def test_a_guest_moves_two_hundred_times_and_nothing_adds_up(tmp_path: Pat
         assert after <= before + 16 * MIB, f"{name}: guests' memory is kept, {before} and then {after}"
         for figure in ("descriptors", "threads"):
             before, after = watch.growth(name, figure)
-            assert after <= before, f"{name}: {figure} grow from {before} to {after}"
+            assert after < before + 1, f"{name}: {figure} grow from {before} to {after}"
 
 
 async def many_at_once(root: Path, guests: int, times: int) -> None:
