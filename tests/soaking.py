@@ -11,8 +11,9 @@ import gc
 import json
 import os
 import random
-import statistics
+import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -77,14 +78,20 @@ class Figures:
     """Bytes of guests' memory that it has mapped and touched: RssShmem."""
     descriptors: int
     threads: int
+    kinds: dict[str, int]
+    """What its descriptors are, for whoever looks for one too many."""
 
     @classmethod
     def of(cls, pid: int) -> Figures:
         """Look at a process. Source: proc(5)."""
         words = Path(f"/proc/{pid}/status").read_text().split()
         private, shared, threads = (int(words[words.index(w) + 1]) for w in ("RssAnon:", "RssShmem:", "Threads:"))
-        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(private=private << 10, shared=shared << 10, descriptors=descriptors, threads=threads)
+        kinds: Counter[str] = Counter()
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                kinds[re.sub(r"[0-9]+", "N", os.readlink(descriptor).rpartition("/")[2])] += 1
+        count = kinds.total()
+        return cls(private=private << 10, shared=shared << 10, descriptors=count, threads=threads, kinds=dict(kinds))
 
 
 @dataclass
@@ -113,8 +120,8 @@ class Mover:
                     return
                 await asyncio.sleep(0.02)
 
-    async def policy(self) -> amig.Policy:
-        """Return options by chance, of those that this host offers."""
+    async def policy(self, plain: bool) -> amig.Policy:
+        """Return options by chance, of those that this host offers; no bandwidth limit when ``plain``."""
         chance = self.chance
         guest = await open_guest(self.socket)
         offered = guest.info.strategies
@@ -126,7 +133,7 @@ class Mover:
             streams=chance.choice([1, 1, 2, 4]),
             compression=chance.choice(["none", "none", "zstd", "auto"]),
             workers=chance.choice([1, 2]),
-            bandwidth=chance.choice([None, None, 60e6, 400e6]),
+            bandwidth=None if plain else chance.choice([None, None, 60e6, 400e6]),
             downtime=chance.choice([0.01, 0.05, 0.3]),
             timeout=chance.choice([1.0, 3.0, 10.0]),
             on_timeout="switch",
@@ -134,29 +141,29 @@ class Mover:
             handover_timeout=60,
         )
 
-    async def move(self, *, cancel: float = 0.25, prepare: bool = True) -> dict[str, object]:
+    async def move(self, *, cancel: float = 0.25, plain: bool = False) -> dict[str, object]:
         """Move it to the other side; first, with that probability, an attempt that is cancelled somewhere.
 
-        With ``prepare`` the other side may have memory ready for it. Returns what was done. Fails when the guest was
-        damaged, or was left with its log on.
+        A ``plain`` migration meets no memory that was made ready for it, and has no bandwidth limit. Returns what was
+        done. Fails when the guest was damaged, or was left with its log on.
         """
         chance, there = self.chance, self.sides[1 - self.at]
         self.number += 1
         name = f"{self.guest}-{self.number}"
         receive = hosts.Receive(
             name=name,
-            memory=prepare * chance.choice([0, 0, 0, self.memory, self.memory + 64 * MIB, self.memory // 2]),
+            memory=0 if plain else chance.choice([0, 0, 0, self.memory, self.memory + 64 * MIB, self.memory // 2]),
             dirty_ring=chance.choice([0, 0, 0, 0, 4096, 65536]),
         )
         address = (await there.do(receive)).address
         cancels = 0
         while chance.random() < cancel:
-            if await self._attempt(address, cancel_at=chance.choice([0.0, 0.01, 0.1, 0.4, 1.0])):
+            if await self._attempt(address, plain, cancel_at=chance.choice([0.0, 0.01, 0.1, 0.4, 1.0])):
                 break
             cancels += 1
             await self.stays()
         else:
-            assert await self._attempt(address)
+            assert await self._attempt(address, plain)
         result = self._result
         old = self.host
         self.host, self.socket = name, str(Path(self.socket).with_name(f"{name}.sock"))
@@ -170,9 +177,9 @@ class Mover:
             "rounds": result.rounds, "sent": result.pages.sent, "resent": result.pages.resent,
         }  # fmt: skip
 
-    async def _attempt(self, address: str, *, cancel_at: float | None = None) -> bool:
+    async def _attempt(self, address: str, plain: bool, *, cancel_at: float | None = None) -> bool:
         """Migrate; returns whether it moved. ``cancel_at``: seconds after its memory began to go."""
-        self._policy = await self.policy()
+        self._policy = await self.policy(plain)
         loop = asyncio.get_running_loop()
 
         def on_event(event: amig.Event) -> None:
@@ -225,11 +232,15 @@ class Watch:
         self.seen.append(found)
         return found
 
-    def growth(self, name: str, figure: str) -> tuple[float, float]:
-        """Return the median of a figure over the second and over the last quarter of the run."""
+    def growth(self, name: str, figure: str) -> tuple[int, int]:
+        """Return the least of a figure over the second and over the last quarter of the run.
+
+        The least, because it is taken when a process has no guest, and what waits there for the garbage collector or
+        for a peer to hang up comes and goes; what is never given back raises it.
+        """
         values = [getattr(found[name], figure) for found in self.seen]
         quarter = len(values) // 4
-        return statistics.median(values[quarter : 2 * quarter]), statistics.median(values[-quarter:])
+        return min(values[quarter : 2 * quarter]), min(values[-quarter:])
 
 
 @contextlib.contextmanager

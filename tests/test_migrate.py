@@ -268,33 +268,6 @@ async def test_the_guest_reports_clears_that_come_after_the_read(monkeypatch: py
         assert await verdict(machine_of(target.service)) > 0
 
 
-@pytest.mark.soak
-@pytest.mark.kvm
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
-@pytest.mark.parametrize(
-    "policy",
-    [BUSY, STREAMS],
-    ids=["plain", "streams-zstd"],
-)
-async def test_twenty_times_back_and_forth(vcpus: int, policy: amig.Policy) -> None:
-    async with hosting("workload=check ws=64M rate=200M report=0", memory=128 * MIB, vcpus=vcpus) as first:
-        here = first
-        stack: list = []  # type: ignore[type-arg]
-        try:
-            for _ in range(20):
-                target = receiving()
-                reception = await target.__aenter__()
-                stack.append(target)
-                await move(here, reception.address, policy)
-                await reception.arrived()
-                assert await verdict(machine_of(reception.service)) == 0
-                here = reception.service
-        finally:
-            for target in reversed(stack):
-                await target.__aexit__(None, None, None)
-
-
 def test_phases_are_named_for_people() -> None:
     assert [str(p) for p in Phase] == ["waiting", "memory", "loading", "prepared", "running", "discarded"]
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import secrets
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ async def test_a_guest_moves_back_and_forth_with_options_by_chance(tmp_path: Pat
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("vcpus", [1, 2])
+async def test_a_guest_of_few_processors_moves_twenty_times(tmp_path: Path, vcpus: int) -> None:
+    await back_and_forth(tmp_path / "s", 20, append=HEAVY, memory=192 * MIB, vcpus=vcpus)
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(4 * 3600)
 async def test_a_guest_moves_two_hundred_times_and_nothing_adds_up(tmp_path: Path) -> None:
     migrations = int(os.environ.get("AMIG_SOAK_MIGRATIONS") or 200)
@@ -61,15 +69,12 @@ async def test_a_guest_moves_two_hundred_times_and_nothing_adds_up(tmp_path: Pat
     for name in watch.seen[0]:
         for figure in ("private", "shared", "descriptors", "threads"):
             before, after = watch.growth(name, figure)
-            print(f"{name}: {figure} {before:.0f} -> {after:.0f}")
+            print(f"{name}: {figure} {before} -> {after}")
+    most = {"private": 16 * MIB, "shared": 16 * MIB, "descriptors": 1, "threads": 4}
     for name in watch.seen[0]:
-        before, after = watch.growth(name, "private")
-        assert after <= before + 16 * MIB, f"{name}: private memory grows from {before} to {after}"
-        before, after = watch.growth(name, "shared")
-        assert after <= before + 16 * MIB, f"{name}: guests' memory is kept, {before} and then {after}"
-        for figure in ("descriptors", "threads"):
+        for figure, allowed in most.items():
             before, after = watch.growth(name, figure)
-            assert after < before + 1, f"{name}: {figure} grow from {before} to {after}"
+            assert after <= before + allowed, f"{name}: {figure} grow from {before} to {after}: {watch.seen[-1]}"
 
 
 async def many_at_once(root: Path, guests: int, times: int) -> None:
@@ -80,9 +85,11 @@ async def many_at_once(root: Path, guests: int, times: int) -> None:
         for mover in movers:  # a side answers one command at a time
             await mover.boot("workload=check ws=8M rate=2M report=0", 1)
         for _ in range(times):
+            began = time.monotonic()
             await asyncio.gather(*(mover.move(cancel=0.1) for mover in movers))
             for mover in movers:
                 assert await mover.verify() == 8 * MIB // 4096
+            print(f"all {guests} on the other side and intact, {time.monotonic() - began:.1f} s", flush=True)
 
 
 async def test_ten_guests_move_at_once(tmp_path: Path) -> None:
@@ -100,17 +107,20 @@ async def half_touched(root: Path, memory: int, timeout: float) -> None:
     used = memory // 2
     if room().bytes < 2 * used + GIB:
         pytest.skip(f"needs {2 * used >> 30} GiB of free memory for both sides, and 1 GiB beside")
-    async with two_sides(root) as sides:
-        mover = Mover("big", memory, random.Random(seed()), sides)
-        async with asyncio.timeout(timeout):
-            await mover.boot(f"workload=check ws={used >> 20}M ws_from={used >> 20}M rate=20M report=0", 1)
-            before = await mover.used()
-            assert used <= before < used + 8 * MIB
-            for _ in range(2):
-                await mover.move(cancel=0.5, prepare=False)
-                assert await mover.verify() == used // 4096
-                after = await mover.used()
-                assert after <= before, "a hole was filled on the way"
+    with record(LOG) as write:
+        async with two_sides(root) as sides:
+            mover = Mover("big", memory, random.Random(seed()), sides)
+            async with asyncio.timeout(timeout):
+                await mover.boot(f"workload=check ws={used >> 20}M ws_from={used >> 20}M rate=20M report=0", 1)
+                before = await mover.used()
+                assert used <= before < used + used // 128 + 8 * MIB, "the guest's own tables, and its image"
+                for _ in range(2):
+                    done = await mover.move(cancel=0.5, plain=True)
+                    pages = await mover.verify()
+                    assert pages == used // 4096
+                    after = await mover.used()
+                    write({**done, "used_before": before, "used_after": after, "pages_verified": pages})
+                    assert after <= before, "a hole was filled on the way"
 
 
 @pytest.mark.timeout(300)
