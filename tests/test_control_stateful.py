@@ -188,5 +188,5 @@ class Host(RuleBasedStateMachine):
 def test_whatever_clients_do_the_operator_is_answered_and_all_is_undone() -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
-        Host, settings=settings(max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=checks)
+        Host, settings=settings(max_examples=10, stateful_step_count=12, deadline=None, suppress_health_check=checks)
     )

@@ -157,8 +157,10 @@ def test_rule_9_pages_are_in_flight_until_their_round_is_placed() -> None:
     ledger.take(0, 3, 64, bitmap.from_pages([0], 64))
     ledger.take(1, 3, 0, bitmap.from_pages([2, 5], 64))
     assert bitmap.to_pages(ledger.in_flight()[3]).tolist() == [1, 2, 5, 64]
+    ledger.all_taken(0)
     ledger.placed(0)
     assert bitmap.to_pages(ledger.in_flight()[3]).tolist() == [2, 5], "page 2 was sent again, and that is not placed"
+    ledger.all_taken(1)
     ledger.placed(1)
     assert ledger.in_flight() == {}
 
@@ -170,6 +172,7 @@ async def test_rule_9_what_was_in_flight_when_a_connection_broke_goes_with_the_n
     await guest.log_start("exact")
     ledger = Ledger(guest.array.map.regions)
     ledger.take(0, 0, 0, await guest.take_and_clear(0, 0, PAGES))
+    ledger.all_taken(0)
     ledger.placed(0)
     guest.write([7, 2000])
     dirty = await guest.sync()

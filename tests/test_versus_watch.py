@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import subprocess
@@ -75,6 +76,7 @@ def test_a_guest_that_knows_its_frequency_badly_is_set_right() -> None:
 
 
 def test_the_memory_of_a_guest_is_found_by_its_process_alone() -> None:
+    gc.collect()  # what other tests left of their guests
     assert lowmem.LowMemory.of(os.getpid()) is None
     fd, other = os.memfd_create("amig-guest-0"), os.memfd_create("buffers")
     try:

@@ -211,7 +211,8 @@ async def test_a_snapshot_that_can_not_be_written_at_any_frame(stop: bool, tmp_p
     async with hosting("workload=check ws=1M rate=4M report=0", engine="simulator", memory=4 << 20) as source:
         await source.hosted.operator_pause()  # so that each snapshot is as long as the first
         whole = tmp_path / "whole"
-        async with amig.Migration(source.name, f"file:{whole}"):
+        policy = amig.Policy(verify="full")
+        async with amig.Migration(source.name, f"file:{whole}", policy):
             pass
         places = frames(whole)
         assert set(places) | set(NEVER_IN_A_SNAPSHOT) == {
@@ -221,7 +222,7 @@ async def test_a_snapshot_that_can_not_be_written_at_any_frame(stop: bool, tmp_p
             target = tmp_path / "snapshot"
             with files_end_at(size):
                 with pytest.raises(AmigError):
-                    async with amig.Migration(source.name, f"file:{target}", stop=stop):
+                    async with amig.Migration(source.name, f"file:{target}", policy, stop=stop):
                         pass
             assert source.hosted.state is amig.RunState.PAUSED, place
             assert not list(tmp_path.glob("snapshot*")), place
