@@ -276,7 +276,7 @@ async def test_a_lost_answer_to_commit_is_said_aloud_and_nobody_runs_the_source(
 
         receiver.on_phase = cut
         with pytest.raises(InDoubt, match="must not run here"):
-            async with Migration(guest, receiver.address):
+            async with Migration(guest, receiver.address, Policy(connect_timeout=1, handover_timeout=0.3)):
                 pass
     assert guest.state is RunState.COMMITTED
     assert receiver.guest.calls[-1] == "settle"

@@ -52,8 +52,8 @@ class _Link:
         finally:
             for pump in pumps:
                 pump.cancel()
+            self.end()  # before anything is waited for: we may be cancelled a second time
             await asyncio.gather(*pumps, return_exceptions=True)
-            self.end()
 
     def end(self, *, reset: bool = False) -> None:
         for _, writer in self._ends.values():
