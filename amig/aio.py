@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,11 +21,18 @@ async def settle(future: asyncio.Future[T]) -> asyncio.CancelledError | None:
     """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
+        waiter = future.get_loop().create_future()  # as asyncio.wait, of which a chunk's take can't afford the rest
+        future.add_done_callback(partial(_wake, waiter))
         try:
-            await asyncio.wait({future})
+            await waiter
         except asyncio.CancelledError as error:
             cancelled = error
     return cancelled
+
+
+def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def finish(future: asyncio.Future[T], undo: Callable[[T], object] | None = None) -> T:

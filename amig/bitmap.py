@@ -24,6 +24,7 @@ _TOP: Final = np.uint64(63)
 LANE_RANGES: Final = 16
 """`cut` works on stretches worth so many ranges side by side; each stretch may end in one range that is not full."""
 
+_FEW_WORDS: Final = 512
 _POPCOUNT8: Final = np.array([i.bit_count() for i in range(256)], dtype=np.uint8)
 
 
@@ -63,6 +64,8 @@ def popcount(words: Words) -> npt.NDArray[np.uint8]:
 
 def count(words: Words) -> int:
     """Return how many pages are set."""
+    if words.size <= _FEW_WORDS:  # a chunk's: one big integer costs less than numpy's calls
+        return int.from_bytes(words.tobytes(), "little").bit_count()
     return int(popcount(words).sum(dtype=np.int64))
 
 
@@ -91,6 +94,8 @@ def from_pages(pages: npt.ArrayLike, size: int) -> Words:
 
 def to_pages(words: Words, first: int = 0) -> Index:
     """Return the numbers of all set pages in ascending order, ``first`` being the page of bit 0."""
+    if words.size <= _FEW_WORDS and count(words) == words.size * WORD_PAGES:  # a dense chunk: nothing to look for
+        return np.arange(first, first + words.size * WORD_PAGES, dtype=np.int64)
     busy = np.flatnonzero(words)
     bits = np.flatnonzero(np.unpackbits(words[busy].view(np.uint8), bitorder="little"))
     pages: Index = (busy[bits >> 6] << 6) + (bits & 63) + first

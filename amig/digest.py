@@ -4,7 +4,9 @@ A page's digest is XXH3-64 under a key that the source makes for each migration,
 to collide; a page of zeros has the digest 0 and is not hashed. The source takes it from live memory at any time after
 the clear: a page that changes later is dirty, comes again, and its digest is replaced. The destination takes it from
 where the page was placed. So nothing is compared before the final versions are in place, and then only the *roots*: one
-64-bit number for each range of pages.
+64-bit number for each range of pages, the sum of its digests, each times 2 x page + 1, modulo 2^64. A sum can be kept
+up to date with every page that comes, in any order, so that nothing is left to be hashed while the guest waits; the
+factor, odd so that it loses nothing, tells pages that have changed places.
 """
 
 from __future__ import annotations
@@ -107,39 +109,40 @@ class PageDigests:
         except MemoryError:
             pages = sum(region.pages for region in self._regions)
             raise MigrationError(f"there is no memory for the digests of {pages} pages (--verify off)") from None
-        counts = {region.id: -(-region.pages // self._range) for region in self._regions}
-        self._roots = {region: np.zeros(count, np.uint64) for region, count in counts.items()}
-        self._stale = {region: np.zeros(count, np.bool_) for region, count in counts.items()}
+        self._roots = {r.id: np.zeros(-(-r.pages // self._range), np.uint64) for r in self._regions}
 
     def hash(self, region: int, memory: Pages, index: npt.NDArray[np.int64]) -> None:
         """Take the digests of the pages in ``index`` (ascending, not empty) from the region's memory as it is now."""
-        found = hash_pages(memory, index, self._key)
-        first, last = int(index[0]), int(index[-1])
-        self._tables[region][slice(first, last + 1) if last - first + 1 == len(index) else index] = found
-        self._touch(region, index)
+        self._replace(region, index, hash_pages(memory, index, self._key))
 
     def zero(self, region: int, index: npt.NDArray[np.int64]) -> None:
         """Note that the pages in ``index`` (ascending, not empty) are zero."""
-        self._tables[region][index] = 0
-        self._touch(region, index)
+        self._replace(region, index, np.zeros(len(index), np.uint64))
 
-    def _touch(self, region: int, index: npt.NDArray[np.int64]) -> None:
-        first, last = int(index[0]) // self._range, int(index[-1]) // self._range
-        self._stale[region][first if first == last else index // self._range] = True
+    def _replace(self, region: int, index: npt.NDArray[np.int64], digests: Digests) -> None:
+        """Put digests in place of others, and what that changes into the roots: they are ready at any time."""
+        table, roots = self._tables[region], self._roots[region]
+        first, last = int(index[0]), int(index[-1])
+        where = slice(first, last + 1) if last - first + 1 == len(index) else index
+        change = digests - table[where]
+        table[where] = digests
+        change *= (2 * index + 1).view(np.uint64)
+        low, high = first // self._range, last // self._range
+        if low == high:
+            roots[low : low + 1] += change.sum(dtype=np.uint64)
+        else:
+            np.add.at(roots, index // self._range, change)
 
     def roots(self) -> bytes:
-        """Return the roots of all ranges, 8 bytes each, region by region; costs little for what has not changed."""
-        for region, table in self._tables.items():
-            roots = self._roots[region]
-            for number in np.flatnonzero(self._stale[region]).tolist():
-                part = table[number * self._range : (number + 1) * self._range]
-                roots[number] = _hash(part.data, self._key) if part.any() else 0
-            self._stale[region][:] = False
+        """Return the roots of all ranges, 8 bytes each, region by region."""
         return b"".join([self._roots[region.id].astype("<u8").tobytes() for region in self._regions])
 
     def differing(self, theirs: bytes) -> list[PageRange]:
         """Return the ranges whose roots differ from those of the other side; all of them if it has another number."""
-        mine = np.frombuffer(self.roots(), "<u8")
+        ours = self.roots()
+        if ours == theirs:
+            return []
+        mine = np.frombuffer(ours, "<u8")
         other = np.frombuffer(theirs, "<u8") if len(theirs) == mine.nbytes else ~mine
         return [where for where, same in zip(self._ranges(), (mine == other).tolist(), strict=True) if not same]
 

@@ -19,7 +19,7 @@ MAX_CHUNK = 1 << 30
 
 FIXED = 0.003
 """Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
-PACE_BYTES = 4 * MIB
+PACE_BYTES = 32 * MIB
 """A round that is shorter does not count for the pace."""
 
 
@@ -37,7 +37,7 @@ class Policy:
     """Seconds from the start after which ``on_timeout`` applies; None: no limit."""
     on_timeout: OnTimeout = "cancel"
     """``cancel``: the guest stays; ``switch``: it moves with whatever downtime that takes."""
-    chunk: int = 2 * MIB
+    chunk: int = 4 * MIB
     """Most dirty bytes of a chunk."""
     chunk_span: int | None = None
     """Most bytes of address range of a chunk; None: as far as the dirty bytes reach."""

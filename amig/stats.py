@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
-
-import numpy as np
+from itertools import accumulate
 
 
 class Histogram:
@@ -16,14 +17,14 @@ class Histogram:
     STEPS = 8
 
     def __init__(self) -> None:
-        self._counts = np.zeros(64 * self.STEPS, np.int64)
+        self._counts = [0] * (64 * self.STEPS)
         self.count = 0
         self.max_ns = 0
 
     def record(self, ns: int) -> None:
         """Count one duration; negative ones count as zero."""
         ns = max(ns, 0)
-        bucket = int(np.log2(ns) * self.STEPS) if ns else 0
+        bucket = int(math.log2(ns) * self.STEPS) if ns else 0
         self._counts[min(bucket, len(self._counts) - 1)] += 1
         self.count += 1
         self.max_ns = max(self.max_ns, ns)
@@ -32,7 +33,7 @@ class Histogram:
         """Return the upper edge in ns of the bucket below which ``share`` (0..1) of all durations lie; 0 if none."""
         if not self.count:
             return 0.0
-        bucket = int(np.searchsorted(np.cumsum(self._counts), share * self.count))
+        bucket = bisect_left(list(accumulate(self._counts)), share * self.count)
         return min(float(2 ** ((bucket + 1) / self.STEPS)), float(self.max_ns))
 
 
@@ -60,7 +61,7 @@ class LinkMeter:
     def end(self, now_ns: int, sent: int, carried: int | None = None) -> None:
         """A connection has sent ``sent`` bytes, which stand for ``carried`` bytes of memory; None: as many."""
         carried = sent if carried is None else carried
-        fade = float(np.exp(-max(sent, carried) / self._memory))
+        fade = math.exp(-max(sent, carried) / self._memory)
         self._bytes = self._bytes * fade + sent
         self._carried = self._carried * fade + carried
         self._busy_ns = self._busy_ns * fade + (now_ns - self._since)

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from amig import bitmap
 from amig.control import messages as m
 from amig.control import replies as rp
 from amig.control import requests as rq
@@ -387,6 +388,23 @@ async def test_packets_that_are_no_takes_are_refused_one_by_one(host: Host, pack
             assert (len(answer) > REPLY.size) is (expected is not Status.OK)
     close_all(fds)
     link.close()
+
+
+async def test_a_sync_on_the_take_socket_does_not_wait_for_the_control_socket(host: Host) -> None:
+    guest = await host.guest()
+    await guest.log_start(None)
+    taken = {region.id: await guest.take_and_clear(region.id, 0, region.pages) for region in guest.info.memory.regions}
+    assert all(words.any() for words in taken.values())
+    host.machine.before_pause.clear()
+    async with await host.client() as other:
+        pausing = asyncio.create_task(other.pause())  # keeps the thread busy that serves the control socket
+        host.machine.write(0, 5, 1)
+        pending = await guest.sync()
+        assert bitmap.to_pages(pending[0]).tolist() == [5]
+        assert "pause" not in host.machine.calls
+        host.machine.before_pause.set()
+        await pausing
+    await guest.close()
 
 
 async def test_shared_bitmaps_can_not_be_written_by_the_client(host: Host) -> None:

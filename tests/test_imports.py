@@ -30,14 +30,15 @@ numpy, msgspec and xxhash only."""
 
 ALLOWED: dict[str, set[str]] = {
     "children": {"errors"},
+    "promptness": set(),
     "kvm": {"errors"},
     "dirty": CORE | {"kvm"},
     "stages": CORE,
     "wire": CORE,
     "transport": CORE | {"wire"},
     "sim": CORE | {"dirty", "host"},
-    "control": CORE | {"dirty"},
-    "host": CORE | {"kvm", "dirty", "control"},
+    "control": CORE | {"dirty", "promptness"},
+    "host": CORE | {"kvm", "dirty", "control", "promptness"},
     "session": CORE | {"stages", "wire", "transport", "control", "host", "sim"},
 }
 """Rooms may import what stands here, and themselves; ``bench``, ``cli``, ``report`` and the top everything."""

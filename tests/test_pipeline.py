@@ -142,7 +142,7 @@ async def test_differences_bring_the_same_memory(compression: str, streams: int,
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
     policy = Policy(
-        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.005
+        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.0035
     )  # type: ignore[arg-type]
     rounds = busy(guest, 40, 3)
     write = rounds.on_start

@@ -132,7 +132,7 @@ def test_the_bitmap_work_is_that_of_a_round() -> None:
     pages = (1 << 30) // 4096
     assert found["nothing"].ranges == 0
     assert found["everything"].pages == pages
-    assert found["everything"].ranges == 512, "chunks of 2 MiB"
+    assert found["everything"].ranges == 256, "chunks of 4 MiB"
     assert all(len(one.sync_ms) == len(one.scan_ms) == 2 for one in found.values())
     assert "| everything" in growth.markdown(growth.Growth(machine={}, lines=(), rounds=tuple(found.values())))
 

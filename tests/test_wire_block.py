@@ -14,7 +14,8 @@ from amig.wire import block, frames, limits
 from amig.wire.block import Codec
 from amig.wire.frametype import FrameType
 
-PAGES = 100_000
+PAGES = limits.MAX_BLOCK_SPAN + 128
+MANY = limits.MAX_BLOCK_PAGES + 1
 MAP = MemoryMap(
     generation=0,
     regions=(Region(id=0, size=64 * 4096), Region(id=7, size=PAGES * 4096)),
@@ -95,12 +96,13 @@ def test_compressed_data_may_have_any_length_below_the_pages():
 
 
 def test_the_widest_and_the_fullest_block_pass():
-    wide = describe(65536, [0, 65535], [])
-    assert read(wire(wide), 8192).header.span_pages == 65536
-    full = describe(512, range(512), [])
+    span = limits.MAX_BLOCK_SPAN
+    wide = describe(span, [0, span - 1], [])
+    assert read(wire(wide), 8192).header.span_pages == span
+    full = describe(limits.MAX_BLOCK_PAGES, range(limits.MAX_BLOCK_PAGES), [])
     assert full.header.data_bytes == limits.MAX_BLOCK_DATA
-    zeros = describe(65536, range(65536), range(65536))
-    assert read(wire(zeros), 0).header.zero_pages == 65536
+    zeros = describe(span, range(span), range(span))
+    assert read(wire(zeros), 0).header.zero_pages == span
 
 
 def test_a_block_may_end_with_its_region():
@@ -111,11 +113,11 @@ WRONG = {
     "round": ({"round": limits.MAX_ROUND + 1}, "round"),
     "no such region": ({"region": 1}, "no memory region 1"),
     "unaligned": ({"first_page": 65}, "not a multiple of 64"),
-    "past the region": ({"first_page": 99_968}, "leave region 7"),
+    "past the region": ({"first_page": PAGES - 64}, "leave region 7"),
     "far past the region": ({"first_page": 2**64 - 64}, "leave region 7"),
     "no span": ({"span_pages": 0}, "a span of 0 pages"),
-    "too wide": ({"span_pages": 65537}, "a span of 65537 pages"),
-    "too many pages": ({"data_pages": 513, "raw_bytes": 513 * 4096, "data_bytes": 4096}, "513 pages with data"),
+    "too wide": ({"span_pages": limits.MAX_BLOCK_SPAN + 1}, f"a span of {limits.MAX_BLOCK_SPAN + 1} pages"),
+    "too many pages": ({"data_pages": MANY, "raw_bytes": MANY * 4096, "data_bytes": 4096}, f"{MANY} pages with data"),
     "no pages": ({"data_pages": 0, "zero_pages": 0, "raw_bytes": 0, "data_bytes": 0}, "0 pages with data and 0 zero"),
     "raw size": ({"raw_bytes": 8191}, "8191 once decoded"),
     "bomb": ({"raw_bytes": 2**32 - 1, "codec": Codec.ZSTD}, "once decoded"),
@@ -172,7 +174,7 @@ def test_bitmaps_of_another_length_are_refused():
         {"region": -1},
         {"span_pages": 200},
         {"data_bytes": 8193, "codec": Codec.ZSTD},
-        {"span": 513, "pages": range(513), "zero": []},
+        {"span": MANY, "pages": range(MANY), "zero": []},
     ],
     ids=str,
 )

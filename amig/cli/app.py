@@ -114,9 +114,10 @@ def _main(
         say.result(context.get_help())
 
 
-def load_commands() -> None:
-    """Make all commands known to `app`."""
-    for name in _MODULES:
+def load_commands(arguments: Sequence[str] = ()) -> None:
+    """Make all commands known to `app`; only the one, where ``arguments`` begin with its name and it has a module."""
+    first = arguments[0] if arguments else ""
+    for name in [first] if first in _MODULES else _MODULES:
         import_module(f"amig.cli.{name}")
 
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Settings.debug = False
     Settings.arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        load_commands()
+        load_commands(Settings.arguments)
         app(args=list(Settings.arguments), prog_name="amig")
     except AmigError as error:
         _fail(error, str(error) or type(error).__name__, error.exit_code)

@@ -47,7 +47,7 @@ def demo(
     workers: Annotated[int, typer.Option("--workers", help="Threads that compress.")] = 1,
     chunk: Annotated[
         str, typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.")
-    ] = "2MiB",
+    ] = "4MiB",
     dirty_log: Annotated[
         str | None,
         typer.Option("--dirty-log", metavar="STRATEGY", help="exact, slot-cache or auto-clear; else the best."),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from amig.promptness import be_prompt
 
 T = TypeVar("T")
 
@@ -15,6 +18,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main`` to its end on a loop of uvloop; a Ctrl-C that ``main`` does not handle cancels it."""
     import uvloop
 
+    be_prompt()
+    gc.freeze()  # what has been imported stays: a collection in the middle of a switchover need not look at it
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
 

@@ -114,7 +114,7 @@ def migrate(
     chunk: Annotated[
         str,
         typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.", rich_help_panel=_STREAM),
-    ] = "2MiB",
+    ] = "4MiB",
     chunk_span: Annotated[
         str | None,
         typer.Option("--chunk-span", metavar="SIZE", help="Most address range of a chunk.", rich_help_panel=_STREAM),

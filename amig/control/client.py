@@ -106,8 +106,8 @@ class SocketGuest:
 
     async def sync(self) -> Mapping[int, Words]:
         """See `amig.guest.Guest.sync`; the arrays lie in shared memory and can't be written."""
-        bitmaps, _ = self._log()
-        await self._link.ask(rq.Sync())
+        bitmaps, takes = self._log()
+        await takes.sync()
         return dict(bitmaps.pending)
 
     async def take_and_clear(self, region: int, first: int, count: int) -> Words:

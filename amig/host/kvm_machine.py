@@ -20,7 +20,7 @@ from amig.host.memory import MakeMemory, MemfdMemory
 from amig.host.ring_log import RingLog
 from amig.host.serial import COM1_IRQ, Serial16550
 from amig.host.stopped import Stopped
-from amig.host.vcpu import VcpuThread
+from amig.host.vcpu import State, VcpuThread
 from amig.kvm import snapshot
 from amig.kvm import state as vcpu_state
 from amig.kvm.abi_numbers import Cap
@@ -181,8 +181,14 @@ class KvmMachine:
                     f"the guest's TSC runs at {wanted.tsc_khz} kHz, this host's at {here} kHz and it can't scale it: "
                     "move to a host of the same frequency, or one with TSC scaling"
                 )
+            machine._start_threads()  # now, and not while the guest waits: starting a thread takes a millisecond or two
             undo.pop_all()
         return machine
+
+    def _start_threads(self) -> None:
+        for thread in self._threads:
+            if thread.state is State.NEW:
+                thread.start(paused=True)
 
     def describe(self) -> bytes:
         """Return what `build_like` needs, with the memory map, to build the same machine elsewhere."""
@@ -211,8 +217,7 @@ class KvmMachine:
                 return
             if not self._started:
                 self._started = True
-                for thread in self._threads:
-                    thread.start(paused=True)
+                self._start_threads()
             elif self._paused:
                 for vcpu in self._board.vcpus:
                     vcpu.kvmclock_ctrl()  # else a guest's watchdog takes the pause for a lockup

@@ -20,6 +20,7 @@ from ..errors import HostError
 from ..kvm.abi_numbers import ExitReason
 from ..kvm.abi_run import EXIT_AT, IO_EXIT, IO_OUT, MMIO_DATA_AT, MMIO_EXIT
 from ..kvm.vcpu import Vcpu
+from ..promptness import be_patient
 from .exits import KICK_SIGNAL, GuestStop, MmioBus, PortBus, ones
 from .stopped import MemoryReader, Stopped, StopReason, describe, dump_registers
 
@@ -169,6 +170,7 @@ class VcpuThread:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
             self.vcpu.set_signal_mask(_ALL_SIGNALS - {KICK_SIGNAL})
+            be_patient()
             _libc.prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
             with self._changed:
                 self._alive = True

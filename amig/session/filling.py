@@ -42,8 +42,6 @@ class Filling:
 
         async def placed(round_: int) -> None:
             await on_round(round_)
-            if self._digests is not None:
-                self._digests.roots()  # now, so that few are left for the end, when the guest waits
             async with self._placed:
                 self._rounds = round_ + 1
                 self._placed.notify_all()

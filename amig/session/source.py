@@ -257,8 +257,6 @@ class SourceSession:
         )
 
     def _pausing(self) -> None:
-        if self._digests is not None:
-            self._digests.roots()  # so that while the guest waits only those are left that its last pages change
         self._paused_at = time.monotonic()
         self._paused.set()
         self._enter(State.SWITCHOVER)

@@ -94,6 +94,7 @@ class StreamSource:
         if head.round != self._round:
             raise PeerError(f"the peer sent a block of round {head.round} in round {self._round}")
         data: memoryview | None = None
+        pieces: Pieces | None = None
         if head.data_bytes:
             pieces = landing.land(head.round, head.region, head.first_page, frame.with_data) if not head.codec else None
             if pieces is not None:
@@ -115,6 +116,7 @@ class StreamSource:
             data=data,
             size=head.data_bytes if data is not None else 0,
             buffer=buffer if data is not None else None,
+            index=pieces.index if pieces is not None else None,
         )
 
     async def _end(self, header: FrameHeader) -> RoundEnd:

@@ -31,14 +31,15 @@ class BackingAhead:
         self._populate = populate
         self._thread = ThreadPoolExecutor(1, "amig-populate")
         self._work: Future[None] | None = None
-        self._needed = True
+        self.needed = True
+        """Whether there may be memory here that is not backed yet."""
         self._region = -1
         self._next = 0
         self._backed = {region: bitmap.zeros(pages) for region, pages in self._pages.items()}
 
     def came(self, region: int, first: int, end: int) -> None:
         """Pages ``first`` to ``end`` (not included) have come, without a gap: back some of what follows them."""
-        if not self._needed or (self._work is not None and not self._work.done()):
+        if not self.needed or (self._work is not None and not self._work.done()):
             return
         if region != self._region or not first <= self._next <= end + AHEAD_PAGES:
             self._region, self._next = region, end
@@ -57,7 +58,7 @@ class BackingAhead:
         """Wait until nothing is being backed; return which pages have been by now, by region."""
         if self._work is not None:
             await asyncio.wait({asyncio.wrap_future(self._work)})
-        return self._backed if self._needed else {}
+        return self._backed if self.needed else {}
 
     def close(self) -> None:
         """Wait for the thread; the memory may be unmapped then. Idempotent."""
@@ -65,4 +66,4 @@ class BackingAhead:
 
     def _back(self, region: int, first: int, count: int) -> None:
         with contextlib.suppress(AmigError):  # whoever needs the pages will hear of it
-            self._needed = self._populate(region, first, count)
+            self.needed = self._populate(region, first, count)

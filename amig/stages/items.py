@@ -15,10 +15,10 @@ import numpy.typing as npt
 from amig.memory import PAGE_SIZE, Pages, Words
 from amig.pieces import Pieces
 
-BLOCK_PAGES = 512
-"""Most pages of content in a block: 2 MiB."""
-BLOCK_SPAN = 1 << 16
-"""A block lies within one range of so many pages that starts at a multiple of it, so its bitmaps stay within 8 KiB."""
+BLOCK_PAGES = 1024
+"""Most pages of content in a block: 4 MiB."""
+BLOCK_SPAN = 1 << 19
+"""A block lies within one range of so many pages that starts at a multiple of it, so its bitmaps stay within 64 KiB."""
 
 PageIndex = npt.NDArray[np.int64]
 """Page numbers within a region, ascending."""
@@ -89,6 +89,8 @@ class Block:
     """Bytes in ``data``."""
     buffer: Pages | None = None
     """The pool's buffer that ``data`` lies in, to be released when it has been used."""
+    index: PageIndex | None = None
+    """Pages with content, ascending, where somebody has worked that out."""
     cleared_ns: int = 0
     """On the last block of a chunk as long as it is not copied: when the chunk's clear began."""
 

@@ -79,6 +79,8 @@ class Place:
 
     def _back(self, region: int, first: int, fresh: Words) -> None:
         """Have fresh memory backed run by run, where there are few."""
+        if not self._ahead.needed:
+            return
         at = slice(first // WORD_PAGES, first // WORD_PAGES + len(fresh))
         bits = self._ahead.missing(region, first, fresh & ~self._placed[region][at])
         if not bits.any():
@@ -100,7 +102,7 @@ class Place:
         at = slice(block.first // WORD_PAGES, block.first // WORD_PAGES + len(block.pages))
         placed = self._placed[block.region][at]
         stale = block.zero & placed
-        if stale.any():
+        if block.zero_pages and stale.any():
             index = bitmap.to_pages(stale, block.first)
             memory[index] = 0
             if self._digests is not None:
@@ -110,7 +112,7 @@ class Place:
             fresh = block.pages & ~block.zero
             placed |= fresh
             if block.data is not None or self._digests is not None:
-                self._fill(block, memory, bitmap.to_pages(fresh, block.first))
+                self._fill(block, memory, bitmap.to_pages(fresh, block.first) if block.index is None else block.index)
         self.pages_placed += block.data_pages
         self.pages_zero += block.zero_pages
 

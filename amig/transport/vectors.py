@@ -27,7 +27,7 @@ class Transfer:
     The memory that the vectors name must stay mapped until it is done: whoever made them holds it.
     """
 
-    __slots__ = ("_at", "_done", "_ends", "_head", "_rows", "size")
+    __slots__ = ("_at", "_base", "_done", "_ends", "_head", "_rows", "size")
 
     def __init__(self, vectors: Vectors, head: bytes = b"") -> None:
         """``head`` goes first."""
@@ -37,6 +37,7 @@ class Transfer:
             self._head = np.frombuffer(head, np.uint8)
             rows[0] = self._head.ctypes.data, len(head)
         self._rows = rows
+        self._base = rows.ctypes.data
         self._ends = np.cumsum(rows[:, 1], dtype=np.int64)
         self._at = 0
         self._done = 0
@@ -56,9 +57,8 @@ class Transfer:
         return self._move(_readv, fd)
 
     def _move(self, call: ctypes._NamedFuncPointer, fd: int) -> int:
-        rows = self._rows
         while True:
-            moved: int = call(fd, rows.ctypes.data + self._at * 16, min(len(rows) - self._at, IOV_MAX))
+            moved: int = call(fd, self._base + self._at * 16, min(len(self._rows) - self._at, IOV_MAX))
             if moved >= 0:
                 break
             error = ctypes.get_errno()
@@ -66,6 +66,7 @@ class Transfer:
                 raise OSError(error, os.strerror(error))
         self._done += moved
         if self._done < self.size and moved:
+            rows = self._rows
             at = int(np.searchsorted(self._ends, self._done, side="right"))
             left = int(self._ends[at]) - self._done
             rows[at, 0] += rows[at, 1] - np.uint64(left)

@@ -32,13 +32,13 @@ MAX_STATE: Final = 32 * MIB
 MAX_STATE_PART: Final = 1 * MIB
 """Bytes of state in one STATE frame."""
 
-MAX_BLOCK_PAGES: Final = 512
+MAX_BLOCK_PAGES: Final = 1024
 """Pages with data in one block."""
 
 MAX_BLOCK_DATA: Final = MAX_BLOCK_PAGES * PAGE_SIZE
 """Bytes of page data in one block, as sent and as decompressed."""
 
-MAX_BLOCK_SPAN: Final = 65536
+MAX_BLOCK_SPAN: Final = 1 << 19
 """Pages between the first and the last page a block may speak of."""
 
 MAX_BITMAP: Final = MAX_BLOCK_SPAN // WORD_PAGES * 8
