@@ -141,9 +141,10 @@ async def test_a_guest_that_writes_all_the_time_arrives_whole(
 async def test_differences_bring_the_same_memory(compression: str, streams: int, cache: int) -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
-    policy = Policy(
-        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.0035
-    )  # type: ignore[arg-type]
+    policy = Policy(  # six rounds whatever the pace: a downtime that nothing fits
+        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache,
+        downtime=0.003, max_rounds=6, on_timeout="switch",
+    )  # type: ignore[arg-type]  # fmt: skip
     rounds = busy(guest, 40, 3)
     write = rounds.on_start
 
