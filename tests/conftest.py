@@ -12,6 +12,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about what else the machine does than about us.
+settings.register_profile("amig", deadline=None)
+settings.load_profile("amig")
 
 DEVICE = Path("/dev/kvm")
 

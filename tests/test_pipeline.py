@@ -141,9 +141,11 @@ async def test_a_guest_that_writes_all_the_time_arrives_whole(
 async def test_differences_bring_the_same_memory(compression: str, streams: int, cache: int) -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
+    # This guest never stops writing: on a busy machine even a few pages never fit so short a downtime.
     policy = Policy(
-        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.005
-    )  # type: ignore[arg-type]
+        chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache, downtime=0.005,
+        max_rounds=20, on_timeout="switch",
+    )  # type: ignore[arg-type]  # fmt: skip
     rounds = busy(guest, 40, 3)
     write = rounds.on_start
 
