@@ -7,10 +7,16 @@ AMIG_REQUIRE_KVM=1, makes them fail: a machine that ought to test KVM must not l
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about what else the machine does than about us.
+settings.register_profile("amig", deadline=None)
+settings.load_profile("amig")
 
 DEVICE = Path("/dev/kvm")
 
@@ -54,6 +60,13 @@ def pytest_report_header() -> str:
     kind = "standard" if standard_kvm() else "nested in software: no Linux guests"
     modules = ", ".join(nested or kvm_modules()) or "built in"
     return f"kvm: {modules} ({kind}), manual protect {manual}, dirty ring {ring}"
+
+
+def pytest_collection_finish() -> None:
+    # By now all tests and all of amig are loaded, to stay: many tests search for what they left, and each search would
+    # go through all that in vain, for a tenth of a second.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

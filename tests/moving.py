@@ -126,7 +126,7 @@ async def hosting(
             machine: Machine = await service.build(KvmMachine.boot, machine_config, boot, sink=sink)
         else:
             options = SimOptions.parse(append, vcpus=vcpus)
-            machine = await service.build(SimMachine, MemfdMemory.create(memory), options, serial=sink)
+            machine = await service.build(SimMachine.boot, memory, options, serial=sink)
         await service.start(machine)
         await ready(machine)
         yield service

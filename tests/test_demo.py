@@ -25,13 +25,15 @@ SIMULATED = (*SMALL, "--engine", "simulator")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the demo puts its things; it must be empty afterwards."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(demo_run, "SETTLE", 0.2)
-    yield tmp_path
-    assert list(tmp_path.iterdir()) == [], "the demo left something behind"
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the demo puts its things; it must be empty afterwards. A short path: it holds two folders and sockets."""
+    with tempfile.TemporaryDirectory(prefix="amig-") as folder:
+        with monkeypatch.context() as own:
+            own.setenv("TMPDIR", folder)
+            own.setattr(tempfile, "tempdir", None)
+            own.setattr(demo_run, "SETTLE", 0.2)
+            yield Path(folder)
+        assert os.listdir(folder) == [], "the demo left something behind"
 
 
 def gone(said: Said) -> None:

@@ -158,7 +158,9 @@ def test_cpuid_is_what_was_set() -> None:
         entries = CpuModel.host(guest.kvm.supported_cpuid(), hide=["sse3"]).for_vcpu(0, 1)
         guest.vcpu.set_cpuid2(entries)
         there = {(entry.leaf, entry.subleaf): entry for entry in guest.vcpu.get_cpuid2()}
-        assert set(there) == {(entry.leaf, entry.subleaf) for entry in entries}
+        # A leaf of zeros says what a missing one says, and some KVMs leave it out (those of AMX, where guests lack it).
+        said = {(entry.leaf, entry.subleaf) for entry in entries if any(entry[3:])}
+        assert said <= set(there) <= {(entry.leaf, entry.subleaf) for entry in entries}
         assert guest.vcpu.cpuid == entries
         if standard_kvm():  # a software KVM can't intercept CPUID and shows the processor's own
             assert there[1, 0].ecx & 1 == 0

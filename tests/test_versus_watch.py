@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import mmap
-import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -75,25 +73,42 @@ def test_a_guest_that_knows_its_frequency_badly_is_set_right() -> None:
 # ---- processes ----
 
 
+HOST = """
+import mmap, os, sys
+guest, buffers = os.memfd_create("amig-guest-0"), os.memfd_create("buffers")
+os.ftruncate(guest, int(sys.argv[1]))
+os.ftruncate(buffers, 1 << 16)
+with mmap.mmap(guest, int(sys.argv[1])) as memory, mmap.mmap(buffers, 1 << 16) as more:
+    memory[int(sys.argv[2])] = 7
+    more[:] = bytes([1]) * len(more)
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_the_memory_of_a_guest_is_found_by_its_process_alone() -> None:
-    gc.collect()  # what other tests left of their guests
-    assert lowmem.LowMemory.of(os.getpid()) is None
-    fd, other = os.memfd_create("amig-guest-0"), os.memfd_create("buffers")
-    try:
-        os.ftruncate(fd, abi.SHARED_END)
-        os.ftruncate(other, 1 << 16)
-        with mmap.mmap(fd, abi.SHARED_END) as memory, mmap.mmap(other, 1 << 16) as more:
-            memory[abi.CPU_GPA] = 7
-            more[:] = bytes([1]) * len(more)
-            low = lowmem.LowMemory.of(os.getpid())
-            assert low is not None
-            assert low.words[lowmem.HEARTBEAT] == 7
-            assert not low.running()
-        assert lowmem.populated(os.getpid()) >= 4096
-        assert sum(lowmem.held(os.getpid()).values()) >= 1 << 16
-    finally:
-        os.close(fd)
-        os.close(other)
+    # In processes of their own: in this one, guests of other tests may still wait to be collected.
+    idle = [sys.executable, "-c", "import sys\nprint(flush=True)\nsys.stdin.read()"]
+    host = [sys.executable, "-c", HOST, str(abi.SHARED_END), str(abi.CPU_GPA)]
+    with ExitStack() as stack:
+        none, one = (
+            stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            for words in (idle, host)
+        )
+        for child in (none, one):
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"\n"
+        assert lowmem.LowMemory.of(none.pid) is None
+        assert lowmem.populated(none.pid) == 0
+        assert lowmem.held(none.pid) == {}
+        assert lowmem.populated(one.pid) == 4096, "the page that was written, before others are read"
+        low = lowmem.LowMemory.of(one.pid)
+        assert low is not None
+        assert low.words[lowmem.HEARTBEAT] == 7
+        assert not low.running()
+        assert sum(lowmem.held(one.pid).values()) == 1 << 16, "the buffers, and not the guest's memory"
+    assert lowmem.LowMemory.of(one.pid) is None, "it has gone"
+    assert low.words[lowmem.HEARTBEAT] == 7, "what was mapped outlives it"
 
 
 def test_processes_are_measured_from_outside() -> None:

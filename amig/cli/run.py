@@ -212,13 +212,12 @@ async def _start(service: HostService, request: Request) -> None:
             raise UsageError(f"--restore {request.restore}: a snapshot is a file, write file:PATH")
         await restore_here(service, address.path, hugepages=request.hugepages)
     elif request.engine is options.Engine.SIMULATOR:
-        from amig.host.memory import MemfdMemory
         from amig.sim.guest import SimMachine
         from amig.sim.options import SimOptions
 
         simulated = SimOptions.parse(request.append, vcpus=request.vcpus)
-        memory = MemfdMemory.create(request.memory, hugepages=request.hugepages)
-        await service.start(await service.build(SimMachine, memory, simulated, serial=sink), paused=request.paused)
+        make = partial(SimMachine.boot, hugepages=request.hugepages, serial=sink)
+        await service.start(await service.build(make, request.memory, simulated), paused=request.paused)
     else:
         from amig.host.boot import BootConfig
         from amig.host.images import image_path

@@ -93,6 +93,18 @@ class SimMachine:
             raise
 
     @classmethod
+    def boot(
+        cls,
+        size: int,
+        options: SimOptions,
+        *,
+        hugepages: bool = False,
+        serial: Callable[[bytes], None] | None = None,
+    ) -> SimMachine:
+        """Build a paused machine with ``size`` bytes of memory; raises `UsageError` or `HostError`, nothing left."""
+        return cls(MemfdMemory.create(size, hugepages=hugepages), options, serial=serial)
+
+    @classmethod
     def build_like(
         cls,
         description: bytes,
