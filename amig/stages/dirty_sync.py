@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -85,8 +86,10 @@ class DirtySync:
         self._on_pause()
         await self._guest.pause()
         self._paused = True
-        await self._emit(await self._sync())
-        self.state = await self._guest.save()
+        async with asyncio.TaskGroup() as group:
+            saving = group.create_task(self._guest.save())  # beside the last pages: the guest waits for both
+            await self._emit(await self._sync())
+        self.state = saving.result()
         # Saving the state may have dirtied memory (design rule 8); a round of its own, for no page goes twice in one.
         await self._ledger.wait_taken(self._round - 1)
         late = await self._sync()
