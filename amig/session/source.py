@@ -34,7 +34,7 @@ from amig.session import verify
 from amig.session.destination import Destination, OutOfPatience
 from amig.session.progress import ProgressMeter, Tell
 from amig.session.reconnect import reconnect
-from amig.session.tasks import one_error
+from amig.session.tasks import apart, one_error
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import SourcePipeline
 from amig.stages.resumption import Start
@@ -182,8 +182,7 @@ class SourceSession:
             )
             self._enter(State.MEMORY)
             try:
-                with one_error():
-                    return await self._attempt(pipeline)
+                return await apart(self._attempt(pipeline))
             except LinkLost as lost:
                 if self._ends_it(lost):
                     raise
@@ -211,9 +210,6 @@ class SourceSession:
 
     def _ends_it(self, lost: LinkLost) -> bool:
         """Whether this is the end of the migration, and not of a connection only."""
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():  # it came together with the loss, and must not get lost with it
-            raise asyncio.CancelledError
         if not self._policy.reconnect or not self.can_cancel or isinstance(lost, OutOfPatience):
             return True
         if self._destination.no_return:
