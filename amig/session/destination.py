@@ -22,7 +22,7 @@ class OutOfPatience(LinkLost):
 class Destination(Protocol):
     """The far end of a migration. Methods are called in the order in which they stand here.
 
-    After a lost connection it goes on from ``resume`` with ``sinks``, ``listen`` and what follows.
+    After a lost connection it goes on from ``resume`` with ``sinks`` and what follows.
     """
 
     one_way: bool
@@ -34,11 +34,11 @@ class Destination(Protocol):
     async def open(self, hello: Hello) -> str:
         """Reach it and agree; returns its identity. Raises `Refused`, `LinkLost`, `SnapshotError`."""
 
-    async def round_trip(self) -> float:
-        """Return the seconds that a message and its answer take."""
-
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:
         """Return the connections that carry memory."""
+
+    async def round_trip(self) -> float:
+        """Return the seconds that a message and its answer take. Raises `LinkLost`."""
 
     async def listen(self) -> None:
         """Handle what the peer sends until cancelled; raises when it gives up or is lost before COMMIT."""

@@ -283,7 +283,10 @@ class Inbound:
             for link in links:
                 link.abort()
 
-        watch = asyncio.ensure_future(keep_alive(links, every=self._keepalive, limit=self._stall))
+        def filling_up() -> bool:
+            return self._protocol.state in (DestinationState.MEMORY, DestinationState.SWITCHOVER)
+
+        watch = asyncio.ensure_future(keep_alive(links, every=self._keepalive, limit=self._stall, while_=filling_up))
         watch.add_done_callback(drop)
         try:
             with one_error():
@@ -310,8 +313,11 @@ class Inbound:
                 for link in self._links:
                     link.abort()
             lost = await receiving
-            if lost is not None and not back.done():
-                self._enter(Phase.LOST)
+            if lost is not None:
+                for link in self._links:  # those that still carry must tell the source
+                    link.abort()
+                if not back.done():
+                    self._enter(Phase.LOST)
             if lost is not None or (back.done() and back.exception() is None):
                 came = await self._kept(back, lost)
             return came

@@ -137,15 +137,18 @@ class Peer:
         return link
 
     async def round_trip(self) -> float:
-        """Return the best of a few pings, in seconds; comes before `listen`."""
+        """Return the best of a few pings, in seconds; comes before `listen`. Raises `LinkLost`."""
         best = self._connect_timeout
-        async with asyncio.timeout(self._connect_timeout):
-            for seq in range(PINGS):
-                began = time.monotonic_ns()
-                await self._links[0].send_message(Ping(seq=seq, sent_ns=began))
-                while not isinstance(message := await self._links[0].receive(), Pong):
-                    await self._handle(message)
-                best = min(best, (time.monotonic_ns() - began) / 1e9)
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                for seq in range(PINGS):
+                    began = time.monotonic_ns()
+                    await self._links[0].send_message(Ping(seq=seq, sent_ns=began))
+                    while not isinstance(message := await self._links[0].receive(), Pong):
+                        await self._handle(message)
+                    best = min(best, (time.monotonic_ns() - began) / 1e9)
+        except TimeoutError:
+            raise LinkLost(f"{self.address} did not answer a ping within {self._connect_timeout:g} s") from None
         return best
 
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:

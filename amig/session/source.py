@@ -89,6 +89,7 @@ class SourceSession:
         self._digests = verify.digests(guest.info.memory.regions, self._key)
         self.verified = "none"
         self.reconnects = 0
+        self._record_took = 0.0
 
     @property
     def can_cancel(self) -> bool:
@@ -154,8 +155,7 @@ class SourceSession:
             handover = Handover(migration=self._migration, destination=self._destination.address, peer=self.identity)
             began = time.monotonic()
             await self._guest.prepare(handover)
-            record = time.monotonic() - began
-            self._convergence.measured(round_trip=await self._destination.round_trip(), record=record)
+            self._record_took = time.monotonic() - began
         async with asyncio.TaskGroup() as group:
             ticker = group.create_task(self._report())
             await self._move()
@@ -196,6 +196,7 @@ class SourceSession:
     async def _attempt(self, pipeline: SourcePipeline) -> None:
         """Move the guest over the connections that there are."""
         before = self.stats.pages_sent, self.stats.pages_zero
+        self._convergence.measured(round_trip=await self._destination.round_trip(), record=self._record_took)
         async with asyncio.TaskGroup() as group:
             listener = group.create_task(self._destination.listen())
             watch = group.create_task(self._destination.keep_alive())

@@ -45,6 +45,8 @@ class SourceState(enum.StrEnum):
 
     IDLE = "idle"
     HELLO_SENT = "hello-sent"
+    RESUMING = "resuming"
+    """RESUME is sent: the guest runs; what the destination has is being told."""
     MEMORY = "memory"
     """The guest runs and its pages are being sent."""
     SWITCHOVER = "switchover"
@@ -69,8 +71,6 @@ class SourceState(enum.StrEnum):
     """A further connection that carries blocks."""
     ASKED = "asked"
     """QUERY is sent."""
-    RESUMING = "resuming"
-    """RESUME is sent: the guest runs; what the destination has is being told."""
     LOST = "lost"
     """A connection that promised nothing has gone."""
 
@@ -80,6 +80,7 @@ class DestinationState(enum.StrEnum):
 
     IDLE = "idle"
     HELLO_RECEIVED = "hello-received"
+    RESUMING = "resuming"
     MEMORY = "memory"
     SWITCHOVER = "switchover"
     END_RECEIVED = "end-received"
@@ -100,7 +101,6 @@ class DestinationState(enum.StrEnum):
     JOINING = "joining"
     STREAM = "stream"
     ASKED = "asked"
-    RESUMING = "resuming"
     LOST = "lost"
 
 
