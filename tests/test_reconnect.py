@@ -6,30 +6,47 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 import pytest
 
 from amig.errors import LinkLost
 from amig.events import Event, Progress, State, StateChanged
-from amig.guest import RunState
+from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Policy
+from amig.session.door import Asked
 from amig.session.inbound import Inbound, Phase
 from amig.session.migration import Migration
-from amig.transport import listen
+from amig.session.peer import Peer
+from amig.session.questions import Records
+from amig.stages.resumption import Answer
+from amig.transport import Dialer, listen
+from amig.transport.framed import FramedConnection
+from amig.wire.frametype import FrameType
+from amig.wire.messages import Discarded, Join, Message, Ping, Query, Refuse, Resume
 from tests.modelguest import ModelGuest, ModelIncoming
+from tests.test_wire_messages import HELLO
 
 PAGES = 3000
 KEEP = 20.0
 QUICK = {"reconnect": 20.0, "chunk": 1 << 18, "connect_timeout": 5.0, "handover_timeout": 5.0}
 
 
+class Nobody:
+    """A listener to which nobody comes any more."""
+
+    async def accept(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
 class Receiver:
     """A destination that keeps what it has, on a real socket."""
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, keep: float, *, deaf: bool) -> None:
         self.guest = ModelIncoming()
         self.keep = keep
+        self.deaf = deaf
         self.address = ""
         self.error: BaseException | None = None
         self.phases: list[Phase] = []
@@ -42,8 +59,14 @@ class Receiver:
         self.on_phase(phase)
 
     async def run(self, listener) -> None:  # type: ignore[no-untyped-def]
+        first = await listener.accept()
         self.inbound = Inbound(
-            await listener.accept(), listener, self.guest, release="test", on_phase=self._phase, keep=self.keep
+            first,
+            Nobody() if self.deaf else listener,  # type: ignore[arg-type]
+            self.guest,
+            release="test",
+            on_phase=self._phase,
+            keep=self.keep,
         )
         try:
             await self.inbound.run()
@@ -60,8 +83,8 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving(keep: float = KEEP) -> AsyncIterator[Receiver]:
-    receiver = Receiver(keep)
+async def receiving(keep: float = KEEP, *, deaf: bool = False) -> AsyncIterator[Receiver]:
+    receiver = Receiver(keep, deaf=deaf)
     listener = await listen("tcp://127.0.0.1:0")
     receiver.address = listener.address
     receiver.task = asyncio.create_task(receiver.run(listener))
@@ -176,23 +199,191 @@ async def test_a_destination_that_keeps_nothing_ends_it_with_the_reason() -> Non
     assert receiver.guest.calls == ["build", "discard"]
 
 
-async def test_a_destination_that_lost_patience_leaves_the_guest_here() -> None:
+async def test_a_source_that_is_not_heard_any_more_keeps_the_guest_when_both_have_lost_patience() -> None:
     guest = busy_guest()
-    async with receiving(keep=0.01) as receiver:
-
-        def slow(phase: Phase) -> None:
-            if phase is Phase.LOST:
-                assert receiver.inbound is not None
-                receiver.inbound._door._listener = Nobody()  # type: ignore[union-attr, assignment]
-
-        receiver.on_phase = slow
-        policy = Policy(bandwidth=2e6, **(QUICK | {"reconnect": 0.5, "connect_timeout": 0.3}))  # type: ignore[arg-type]
-        with pytest.raises(LinkLost, match=r"sought again for 0\.5 s"):
+    async with receiving(keep=0.2, deaf=True) as receiver:
+        policy = Policy(bandwidth=2e6, **(QUICK | {"reconnect": 0.6, "connect_timeout": 0.3}))  # type: ignore[arg-type]
+        with pytest.raises(LinkLost, match=r"sought again for 0\.6 s"):
             async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])):
                 pass
     assert_stayed(guest)
+    assert "did not come back within 0.2 s" in str(receiver.error)
+    assert receiver.phases[-2:] == [Phase.LOST, Phase.DISCARDED]
+    assert receiver.guest.calls == ["build", "discard"]
 
 
-class Nobody:
-    async def accept(self) -> None:
-        await asyncio.get_running_loop().create_future()
+async def test_cancelling_while_the_destination_is_sought_keeps_the_guest() -> None:
+    guest = busy_guest()
+    migration: Migration
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            asyncio.get_running_loop().call_later(0.1, migration.cancel)
+
+    async with receiving(keep=0.5, deaf=True) as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [1])
+        policy = Policy(bandwidth=2e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+    assert migration.cancelled
+    assert_stayed(guest)
+    assert receiver.guest.calls == ["build", "discard"]
+
+
+async def test_a_guest_that_was_paused_runs_before_the_destination_is_sought() -> None:
+    guest = busy_guest()
+    guest.on_save = lambda: receiver.cut()
+    seen: list[tuple[State, RunState]] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StateChanged):
+            seen.append((event.state, guest.state))
+            if event.state is State.RECONNECTING:
+                guest.on_save = lambda: None
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        async with Migration(guest, receiver.address, Policy(**QUICK), on_event=on_event) as migration:  # type: ignore[arg-type]
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects == 1
+    assert (State.RECONNECTING, RunState.RUNNING) in seen
+    assert [call for call in guest.calls if call in ("pause", "resume", "save")] == [
+        "pause", "save", "resume", "pause", "save",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["STATE", "END"])
+async def test_what_was_said_before_the_loss_counts_no_more(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state, digests or an end that had come are not taken together with those of a later connection."""
+    guest = busy_guest()
+    sent = 0
+    kind = FrameType[step]
+    send = FramedConnection._send
+
+    async def cut_after(self: FramedConnection, what: FrameType, *parts: bytes) -> None:
+        nonlocal sent
+        await send(self, what, *parts)
+        if what is kind and not sent:
+            sent += 1
+            self.abort()
+
+    monkeypatch.setattr(FramedConnection, "_send", cut_after)
+    async with receiving() as receiver, asyncio.timeout(30):
+        policy = Policy(verify="full", **(QUICK | {"reconnect": 1.0}))  # type: ignore[arg-type]
+        try:
+            async with Migration(guest, receiver.address, policy) as migration:
+                pass
+        except LinkLost:
+            assert step == "END", "what came before END can always be sent again"
+        result = await migration.result()
+    if result.status == "completed":
+        assert result.verified == "full"
+        assert_moved(guest, receiver)
+    else:
+        assert_stayed(guest)
+
+
+# --- who may come back -----------------------------------------------------------------------------------------------
+
+
+async def lost_to(receiver: Receiver, migration: Migration) -> Resume:
+    """Wait until the destination waits for its source; return what that would say."""
+    async with asyncio.timeout(10):
+        while Phase.LOST not in receiver.phases:
+            await asyncio.sleep(0.005)
+    assert receiver.inbound is not None
+    assert receiver.inbound._door is not None
+    return Resume(migration=migration.id, token=receiver.inbound._door._token, since=0, round=9)
+
+
+async def says(address: str, message: Message) -> Message | None:
+    """Connect, say it, and return the answer."""
+    link = FramedConnection(await Dialer(address).connect(timeout=5))
+    try:
+        await link.send_message(message)
+        return await link.receive()
+    except LinkLost:
+        return None
+    finally:
+        link.abort()
+
+
+@pytest.mark.parametrize("wrong", ["token", "migration", "hello", "join", "garbage"])
+async def test_others_are_refused_and_the_source_can_still_come_back(wrong: str) -> None:
+    guest = busy_guest()
+    refused: list[Message | None] = []
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        held = asyncio.Event()
+        resume = Peer.resume
+
+        async def later(self: Peer, since: int, round_: int) -> Answer:
+            await held.wait()
+            return await resume(self, since, round_)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", later)
+            policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                right = await lost_to(receiver, migration)
+                said: dict[str, Message] = {
+                    "token": msgspec.structs.replace(right, token=bytes(32)),
+                    "migration": msgspec.structs.replace(right, migration="f" * 32),
+                    "hello": HELLO,
+                    "join": Join(migration=migration.id, token=right.token, stream=1),
+                    "garbage": Ping(seq=1, sent_ns=1),
+                }
+                refused.append(await says(receiver.address, said[wrong]))
+                held.set()
+        result = await migration.result()
+    assert result.status == "completed"
+    assert_moved(guest, receiver)
+    assert refused == [None] or isinstance(refused[0], Refuse)
+
+
+async def test_a_question_ends_the_waiting_durably() -> None:
+    guest = busy_guest()
+    asked: list[str] = []
+
+    class Known(Records):
+        async def outcome(self, migration: str) -> Outcome | None:
+            asked.append(migration)
+            return Outcome.DISCARDED
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", nobody_there)
+            policy = Policy(bandwidth=8e6, **(QUICK | {"reconnect": 1.0}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost):
+                async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                    await lost_to(receiver, migration)
+                    assert receiver.inbound is not None
+                    receiver.inbound._door._records = Known()  # type: ignore[union-attr]
+                    assert isinstance(await says(receiver.address, Query(migration=migration.id)), Discarded)
+    assert asked == [migration.id]
+    assert isinstance(receiver.error, Asked)
+    assert receiver.guest.calls[-1] == "discard"
+    assert_stayed(guest)
+
+
+async def nobody_there(self: Peer, since: int, round_: int) -> Answer:
+    raise LinkLost("nobody is there")
+
+
+async def test_stopping_the_receiver_while_it_waits_discards_what_came() -> None:
+    guest = busy_guest()
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", nobody_there)
+            policy = Policy(bandwidth=8e6, **(QUICK | {"reconnect": 0.5}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost):
+                async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                    await lost_to(receiver, migration)
+                    assert receiver.task is not None
+                    receiver.task.cancel()
+                    await asyncio.gather(receiver.task, return_exceptions=True)
+                    receiver.task = asyncio.create_task(asyncio.sleep(0))
+    assert receiver.guest.calls == ["build", "discard"]
+    assert_stayed(guest)
