@@ -30,10 +30,12 @@ from amig.wire.frames import HEADER_SIZE
 from amig.wire.frametype import FrameType
 from amig.wire.messages import Commit, Ping
 from tests.fuzz import streams
-from tests.fuzz.receiver import ID, MAP, FencedGuest, a_block, hello, one_page, round_end
+from tests.fuzz.receiver import ID, MAP, FencedGuest, a_block, hello, one_page, round_end, token_of
 
 STATE = b"device state"
 MOST_MEMORY = 64 << 20
+KEEP = 0.05
+"""Seconds: a source that comes back is there at once."""
 REGIONS = st.sampled_from(MAP.regions)
 
 
@@ -85,6 +87,21 @@ class Wire:
         self.feed(b"", end=True)
 
 
+class Comes:
+    """A listener to which the source comes back."""
+
+    address = "here"
+
+    def __init__(self) -> None:
+        self.wires: asyncio.Queue[Wire] = asyncio.Queue()
+
+    async def accept(self) -> Wire:
+        return await self.wires.get()
+
+    async def close(self) -> None:
+        pass
+
+
 class Receiver(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -96,14 +113,19 @@ class Receiver(RuleBasedStateMachine):
         self.guest = FencedGuest()
         self.wrong = ""
         self.round = self.here = self.data = self.zero = 0
+        self.since = 0
+        self.unheard: tuple[int, dict[int, int]] | None = None
+        self.held: dict[int, int] = {}
         self.state_sent = self.ended = self.committed = False
         self.memory = {r.id: np.zeros((r.pages, PAGE_SIZE), np.uint8) for r in MAP.regions}
         self.runner.run(self.begin())
 
     async def begin(self) -> None:
         self.wire = Wire()
-        self.task = asyncio.create_task(Inbound(self.wire, None, self.guest, release="test").run())
-        await self.settle(hello(1))
+        self.comes = Comes()
+        self.task = asyncio.create_task(Inbound(self.wire, self.comes, self.guest, release="test", keep=KEEP).run())
+        await self.settle(hello(1, optional=(messages.RESUME_FEATURE,)))
+        self.token = token_of(bytes(self.wire.heard))
 
     async def settle(self, data: bytes, *, end: bool = False) -> None:
         """Say something, and wait until the destination has taken it in, or has given up."""
@@ -136,7 +158,17 @@ class Receiver(RuleBasedStateMachine):
             "pages": np.array([pages], np.uint64),
             "zero": np.array([zero], np.uint64),
         }
-        self.say(a_block(content, packed=packed and bool(numbers), summed=summed, **changes))
+        said = a_block(content, packed=packed and bool(numbers), summed=summed, **changes)
+        torn = data.draw(st.integers(0, len(said) - 1)) if data.draw(st.integers(0, 7)) == 0 else 0
+        if torn and not self.wrong:
+            self.hears()
+            self.runner.run(self.torn(said[:torn]))
+            changes["round"] = self.round
+            content = bytes([fill, self.round % 251]) * (PAGE_SIZE // 2) * len(numbers)
+            said = a_block(content, packed=packed and bool(numbers), summed=summed, **changes)
+        self.hears()
+        self.say(said)
+        self.held[region.id] = self.held.get(region.id, 0) | pages << first
         self.here += pages.bit_count()
         self.data += len(numbers)
         self.zero += zero.bit_count()
@@ -149,9 +181,53 @@ class Receiver(RuleBasedStateMachine):
     @precondition(filling)
     @rule()
     def end_of_round(self) -> None:
+        self.hears()
         self.say(round_end(self.round, self.here))
         self.round += 1
         self.here = 0
+        self.held = {}
+
+    @precondition(lambda self: not self.ended and not self.wrong)
+    @rule(heard=st.booleans())
+    def come_back(self, heard: bool) -> None:
+        """The connection is lost; the source returns, and may lose the answer, too."""
+        self.runner.run(self.back(heard=heard))
+
+    def hears(self) -> None:
+        """A source that goes on has heard the answer before."""
+        if self.unheard is not None:
+            self.since, self.unheard = self.round, None
+
+    async def torn(self, said: bytes) -> None:
+        self.wire.feed(said)
+        await self.back(heard=True)
+
+    async def back(self, *, heard: bool) -> None:
+        self.wire.feed(b"", end=True)
+        self.wire = Wire()
+        rounds, held = (self.round, self.held) if self.unheard is None else self.unheard
+        begins = max(self.round, rounds) + 1
+        resume = messages.Resume(migration=ID, token=self.token, since=self.since, round=begins)
+        self.wire.said += streams.message(resume)
+        self.comes.wires.put_nowait(self.wire)
+        while not self.task.done() and not self.wire.starved:
+            await asyncio.sleep(0)
+        found: dict[int, int] = {}
+        answered = None
+        for piece in streams.cut(bytes(self.wire.heard)):
+            kind = FrameType(piece[4])
+            message = messages.decode(kind, piece[HEADER_SIZE:])
+            if isinstance(message, messages.Held):
+                found[message.region] = int.from_bytes(message.pages, "little") << message.first
+            elif isinstance(message, messages.Resumed):
+                answered = message.rounds
+        assert (answered, found) == (rounds, held), "it says that something else is in place than what came"
+        self.round, self.here, self.data, self.zero, self.held = begins, 0, 0, 0, {}
+        self.state_sent = False
+        if heard:
+            self.since, self.unheard = begins, None
+        else:
+            self.unheard = rounds, held
 
     @rule()
     def ping(self) -> None:

@@ -16,7 +16,11 @@ Placed = Callable[[int], None]
 
 
 class OutOfPatience(LinkLost):
-    """The destination is too slow for a guest that waits paused: another connection would not make it faster."""
+    """The destination, or the connection, is too slow for a guest that waits paused.
+
+    The connection may be dead, so the destination is sought again; but only once, or the guest would be paused in vain
+    again and again.
+    """
 
 
 class Destination(Protocol):

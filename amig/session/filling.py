@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from amig.digest import named
-from amig.errors import MigrationError, PeerError, VerifyFailed
+from amig.errors import LinkLost, MigrationError, PeerError, VerifyFailed
 from amig.guest import Incoming
 from amig.session import verify
 from amig.session.streams import StreamSource
@@ -72,8 +72,8 @@ class Filling:
             placement=self.placement,
         )
         await pipeline.run()
-        if pipeline.lost is not None:
-            raise pipeline.lost
+        if pipeline.lost:
+            raise LinkLost(pipeline.lost)
         end = self._end
         assert end is not None  # noqa: S101 - the pipeline ends at END only
         got = (sources[0].rounds, pipeline.place.pages_placed, pipeline.place.pages_zero)

@@ -340,7 +340,7 @@ class Inbound:
         try:
             await self._receive(filling)
         except LinkLost as lost:
-            return lost
+            return LinkLost(str(lost))  # without its traceback, which holds the pipeline and what that has mapped
         return None
 
     async def _go_on(self, hello: Hello, filling: Filling, back: Return) -> None:

@@ -90,6 +90,8 @@ class SourceSession:
         self.verified = "none"
         self.reconnects = 0
         self._record_took = 0.0
+        self._impatient = False
+        """Whether the guest was paused in vain before, because the destination was not ready in time."""
 
     @property
     def can_cancel(self) -> bool:
@@ -211,7 +213,9 @@ class SourceSession:
 
     def _ends_it(self, lost: LinkLost) -> bool:
         """Whether this is the end of the migration, and not of a connection only."""
-        if not self._policy.reconnect or not self.can_cancel or isinstance(lost, OutOfPatience):
+        again = isinstance(lost, OutOfPatience) and self._impatient
+        self._impatient = self._impatient or isinstance(lost, OutOfPatience)
+        if not self._policy.reconnect or not self.can_cancel or again:
             return True
         if self._destination.no_return:
             raise LinkLost(f"{lost}; it can't be reconnected: {self._destination.no_return}") from lost

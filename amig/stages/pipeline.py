@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from amig.digest import PageDigests
-from amig.errors import LinkLost
 from amig.guest import Guest, Incoming
 from amig.memory import Region
 from amig.policy import Convergence, Policy
@@ -73,7 +72,7 @@ class SourcePipeline:
         live = all(sink.live for sink in sinks)
         # A live block is read only when it is sent: one waits while another is on its way, and no more.
         blocks_in, blocks = channel(len(sinks) * BLOCK_BYTES if live else QUEUED_BYTES)
-        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
+        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
         choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
         if sent is None and policy.delta_cache:
             sent = SentPages(guest.info.memory.regions, policy.delta_cache)
@@ -112,9 +111,12 @@ class SourcePipeline:
 
     async def run(self) -> bytes:
         """Send all memory; returns device and vCPU state of the guest, which is paused then."""
-        async with asyncio.TaskGroup() as group:
-            for stage in (self._send, self._compress, self._clear, self._sync):
-                group.create_task(stage.run(), name=type(stage).__name__)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in (self._send, self._compress, self._clear, self._sync):
+                    group.create_task(stage.run(), name=type(stage).__name__)
+        finally:
+            self._pool.close()
         return self._sync.state
 
 
@@ -143,18 +145,21 @@ class DestinationPipeline:
         pages: ReceiveEnd[Block | RoundEnd]
         blocks_in, blocks = channel(QUEUED_BYTES)
         pages_in, pages = channel(2 * BLOCK_BYTES)
-        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
+        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
         self.place = Place(guest, regions, pages, pool=pool, on_round=on_round, digests=digests, placement=placement)
         self._receive = Receive(sources, blocks_in, pool=pool, landing=self.place, keeps=keeps)
         self._decompress = Decompress(blocks, pages_in, workers=workers)
 
     @property
-    def lost(self) -> LinkLost | None:
-        """Why the end came before everything had been received."""
+    def lost(self) -> str:
+        """Why the end came before everything had been received; empty when it did not."""
         return self._receive.lost
 
     async def run(self) -> None:
         """Receive and place until the first connection says that everything has been sent, or one is `lost`."""
-        async with asyncio.TaskGroup() as group:
-            for stage in (self._receive, self._decompress, self.place):
-                group.create_task(stage.run(), name=type(stage).__name__)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in (self._receive, self._decompress, self.place):
+                    group.create_task(stage.run(), name=type(stage).__name__)
+        finally:
+            self._pool.close()

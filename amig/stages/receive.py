@@ -54,7 +54,8 @@ class Receive:
     ) -> None:
         """``keeps``: a lost connection is no error but the end: what came before is passed on, see `lost`."""
         self._keeps = keeps
-        self.lost: LinkLost | None = None
+        self.lost = ""
+        """Why it ended before everything had been received; the error itself would hold on to all of its frames."""
         self._landing = landing
         self._sources = sources
         self._out = blocks
@@ -69,7 +70,7 @@ class Receive:
             except* LinkLost as group:
                 if not self._keeps:
                     raise
-                self.lost = _first(group)
+                self.lost = str(_first(group))
 
     async def _receive(self) -> None:
         async with asyncio.TaskGroup() as group:

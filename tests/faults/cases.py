@@ -202,7 +202,7 @@ def goes_on(case: Case) -> bool:
     to load it, or may have, for all that the source knows.
     """
     agreed = case.send.state not in (S.JOINING, D.JOINING)
-    ended = case.send.type is F.END and (case.action is Action.SILENCE or case.position is Position.AFTER)
+    ended = case.send.type is F.END and case.position is Position.AFTER
     return case.scenario.startswith(ANEW) and agreed and not ended
 
 
