@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from amig.errors import AmigError, LinkLost
+from amig.digest import PageDigests
+from amig.errors import AmigError, LinkLost, VerifyFailed
 from amig.memory import PAGE_SIZE
 from amig.session import inbound
 from amig.session.inbound import Inbound
@@ -30,7 +31,7 @@ from amig.wire.frames import HEADER_SIZE
 from amig.wire.frametype import FrameType
 from amig.wire.messages import Commit, Ping
 from tests.fuzz import streams
-from tests.fuzz.receiver import ID, MAP, FencedGuest, a_block, hello, one_page, round_end, token_of
+from tests.fuzz.receiver import ID, KEY, MAP, FencedGuest, a_block, hello, one_page, round_end, token_of
 
 STATE = b"device state"
 MOST_MEMORY = 64 << 20
@@ -70,6 +71,7 @@ class Wire:
             flat = memoryview(view).cast("B")
             while len(self.said) < len(flat):
                 if self.ended:
+                    flat[: len(self.said)] = self.said  # as a socket does
                     raise LinkLost("the source has gone")
                 self.starved = True
                 self._more.clear()
@@ -103,8 +105,9 @@ class Comes:
 
 
 class Receiver(RuleBasedStateMachine):
-    def __init__(self) -> None:
+    def __init__(self, *features: str) -> None:
         super().__init__()
+        self.features = features
         self.environment = ExitStack()
         self.environment.enter_context(patch.dict(os.environ, XDG_STATE_HOME="/proc/none"))
         self.environment.enter_context(patch.object(inbound, "LAST_WORD_TIMEOUT", 0.02))
@@ -124,7 +127,7 @@ class Receiver(RuleBasedStateMachine):
         self.wire = Wire()
         self.comes = Comes()
         self.task = asyncio.create_task(Inbound(self.wire, self.comes, self.guest, release="test", keep=KEEP).run())
-        await self.settle(hello(1, optional=(messages.RESUME_FEATURE,)))
+        await self.settle(hello(1, *self.features, optional=(messages.RESUME_FEATURE,)))
         self.token = token_of(bytes(self.wire.heard))
 
     async def settle(self, data: bytes, *, end: bool = False) -> None:
@@ -422,3 +425,43 @@ def test_a_commit_before_the_end_is_refused() -> None:
             assert "run" not in receiver.guest.calls
         finally:
             receiver.teardown()
+
+
+def finish(receiver: Receiver) -> None:
+    for step in (Receiver.end_of_round, Receiver.state, Receiver.end, Receiver.commit):
+        step(receiver)
+
+
+def test_a_page_that_landed_in_part_and_then_comes_as_zero_is_zero() -> None:
+    """Fresh memory is zero, so a zero page is not written there: what landed in part must not stay."""
+    receiver = Receiver()
+    try:
+        receiver.runner.run(receiver.torn(one_page(5, PAGE)[:-1]))
+        zero = np.array([1 << 5], np.uint64)
+        receiver.say(one_page(5, b"", round=receiver.round, zero=zero))
+        receiver.here, receiver.zero = 1, 1
+        finish(receiver)
+    finally:
+        receiver.teardown()
+
+
+def test_a_page_that_landed_in_part_and_never_comes_again_is_never_taken_for_right() -> None:
+    """Should a source ever forget to send it: the digests must not agree."""
+    memory = np.zeros((MAP.regions[0].pages, PAGE_SIZE), np.uint8)
+    memory[5] = np.frombuffer(PAGE, np.uint8)
+    digests = PageDigests(MAP.regions, int.from_bytes(KEY, "little"))
+    digests.hash(0, memory, np.array([5]))
+    receiver = Receiver(messages.DIGESTS_FEATURE)
+    try:
+        receiver.say(one_page(5, PAGE))
+        receiver.here = 1
+        receiver.held = {0: 1 << 5}
+        receiver.end_of_round()
+        receiver.runner.run(receiver.torn(one_page(5, PAGE[::-1], round=1)[:-1]))
+        receiver.state()
+        receiver.wrong = "a page that was not sent again"
+        receiver.say(streams.end(receiver.round, 0, 0, STATE, digests.roots()))
+        receiver.runner.run(receiver.give_up())
+        assert isinstance(receiver.task.exception(), VerifyFailed)
+    finally:
+        receiver.teardown()

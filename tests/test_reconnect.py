@@ -24,7 +24,7 @@ from amig.stages.resumption import Answer
 from amig.transport import Dialer, listen
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
-from amig.wire.messages import Discarded, Join, Message, Ping, Query, Refuse, Resume
+from amig.wire.messages import Discarded, End, Join, Message, Ping, Query, Refuse, Resume
 from tests.modelguest import ModelGuest, ModelIncoming
 from tests.test_wire_messages import HELLO
 
@@ -283,6 +283,59 @@ async def test_what_was_said_before_the_loss_counts_no_more(step: str, monkeypat
         assert_moved(guest, receiver)
     else:
         assert_stayed(guest)
+
+
+async def test_a_page_that_is_a_hole_only_after_it_arrived_is_zero_there() -> None:
+    """A first pass skips holes; after a return it may not skip those of which the destination has content."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    early = np.arange(0, 64)
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            guest.write(early, zero=True)
+            guest.array.touched[0][early] = False
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [3 << 20])
+        policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event):
+            pass
+    assert not guest.array.arrays[0][early].any()
+    assert_moved(guest, receiver)
+
+
+async def test_holes_are_not_read_after_a_return_either() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(1000, 2000))
+    async with receiving() as receiver, asyncio.timeout(30):
+        policy = Policy(bandwidth=4e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1 << 20])) as migration:
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects == 1
+    assert migration._session is not None
+    assert migration._session.stats.pages_zero == 0, "zero bits were sent for holes"
+
+
+async def test_a_guest_is_paused_in_vain_twice_at_most() -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+
+    async def no_end(self: FramedConnection, message: Message) -> int:
+        return 0 if isinstance(message, End) else await send(self, message)
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FramedConnection, "send_message", no_end)
+            policy = Policy(**(QUICK | {"handover_timeout": 0.3}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost, match="was not ready"):
+                async with Migration(guest, receiver.address, policy):
+                    pass
+    assert guest.calls.count("pause") == 2
+    assert_stayed(guest)
 
 
 # --- who may come back -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,20 @@ import pytest
 
 from amig import bitmap
 from amig.errors import LinkLost, PeerError
-from amig.memory import MemoryMap, Region, Slot, Words
+from amig.memory import MemoryMap, Pages, Region, Slot, Words
 from amig.session.agreement import Hearing, told
 from amig.session.alive import keep_alive
+from amig.session.door import Door
+from amig.session.questions import Records
+from amig.session.tasks import apart
+from amig.stages.buffers import BufferPool
+from amig.stages.channel import channel
+from amig.stages.items import Block, Codec
 from amig.stages.ledger import Ledger
+from amig.stages.receive import Receive
 from amig.stages.resumption import Answer, Placement
 from amig.wire.limits import MAX_HELD_BYTES
-from amig.wire.messages import Held, Message, Ping
+from amig.wire.messages import Held, Message, Ping, Resume
 
 BIG = MAX_HELD_BYTES * 8 + 100
 REGIONS = (Region(id=3, size=100 * 4096), Region(id=7, size=BIG * 4096))
@@ -265,3 +273,97 @@ async def test_nothing_is_expected_while_the_other_side_is_busy() -> None:
         async with asyncio.timeout(0.3):
             await watched(link, while_=lambda: False)
     assert not link.said
+
+
+# --- who comes through the door, and what is dropped ------------------------------------------------------------------
+
+
+class Shows:
+    """A connection that has proved to be somebody."""
+
+    def __init__(self, identity: bytes) -> None:
+        self.connection = self
+        self.identity = identity
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("identity", "changes", "admitted"),
+    [
+        (b"hosta", {}, True),
+        (b"hostb", {}, False),
+        (b"", {}, False),
+        (b"hosta", {"token": bytes(32)}, False),
+        (b"hosta", {"token": b"t" * 31}, False),
+        (b"hosta", {"migration": "1" * 32}, False),
+    ],
+)
+async def test_only_the_source_itself_comes_back(identity: bytes, changes: dict[str, Any], admitted: bool) -> None:
+    door = Door(None, Records(), migration="0" * 32, token=b"t" * 32, identity=b"hosta", name="web1")  # type: ignore[arg-type]
+    message = Resume(**({"migration": "0" * 32, "token": b"t" * 32, "since": 0, "round": 1} | changes))
+    assert door.keep(Shows(identity), message) is admitted  # type: ignore[arg-type]
+    assert not door.keep(Shows(b"hosta"), Ping(seq=1, sent_ns=1))  # type: ignore[arg-type]
+
+
+class Landing:
+    """Notes what landed and will never be placed."""
+
+    def __init__(self) -> None:
+        self.spoilt: list[tuple[int, int, list[int]]] = []
+
+    def land(self, round_: int, region: int, first: int, fresh: Words) -> None:
+        return None
+
+    def spoil(self, region: int, first: int, landed: Words) -> None:
+        self.spoilt.append((region, first, numbers(landed)))
+
+
+async def test_what_has_landed_and_can_not_be_passed_on_is_said_to_be_spoilt() -> None:
+    """One connection waits with a block that has landed, for room, when another is lost."""
+    landing = Landing()
+    lost = asyncio.Event()
+    bits = pages(1, 2, size=64)
+    block = Block(
+        round=0, region=3, first=64, span=64, pages=bits, zero=pages(2, size=64), data_pages=1, zero_pages=1,
+        codec=Codec.RAW, data=None, size=0,
+    )  # fmt: skip
+
+    class Brings:
+        async def receive(self, buffer: Pages, landing: object) -> Block:
+            return replace(block, size=10)
+
+    class Breaks:
+        async def receive(self, buffer: Pages, landing: object) -> Block:
+            await lost.wait()
+            raise LinkLost("gone")
+
+    blocks_in, blocks = channel(1)
+    receive = Receive([Brings(), Breaks()], blocks_in, pool=BufferPool(4), landing=landing, keeps=True)  # type: ignore[arg-type, list-item]
+    running = asyncio.create_task(receive.run())
+    async with asyncio.timeout(5):
+        while blocks.statistics().items == 0:
+            await asyncio.sleep(0)
+        lost.set()
+        await running
+        assert [item.first async for item in blocks] == [64]  # type: ignore[union-attr]
+    assert receive.lost == "gone"
+    assert landing.spoilt == [(3, 64, [1])]
+
+
+async def test_a_cancellation_that_comes_with_a_lost_connection_is_not_lost_with_it() -> None:
+    began = asyncio.Event()
+
+    async def breaks() -> None:
+        began.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            raise LinkLost("the connection broke while it was cancelled")
+
+    task = asyncio.create_task(apart(breaks()))
+    await began.wait()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
