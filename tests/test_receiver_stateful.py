@@ -427,6 +427,13 @@ def test_a_commit_before_the_end_is_refused() -> None:
             receiver.teardown()
 
 
+async def placed(receiver: Receiver) -> None:
+    """Wait until PLACED has come: what comes now may land in guest memory at once."""
+    async with asyncio.timeout(30):
+        while FrameType(streams.cut(bytes(receiver.wire.heard))[-1][4]) is not FrameType.PLACED:
+            await asyncio.sleep(0)
+
+
 def finish(receiver: Receiver) -> None:
     for step in (Receiver.end_of_round, Receiver.state, Receiver.end, Receiver.commit):
         step(receiver)
@@ -457,6 +464,7 @@ def test_a_page_that_landed_in_part_and_never_comes_again_is_never_taken_for_rig
         receiver.here = 1
         receiver.held = {0: 1 << 5}
         receiver.end_of_round()
+        receiver.runner.run(placed(receiver))
         receiver.runner.run(receiver.torn(one_page(5, PAGE[::-1], round=1)[:-1]))
         receiver.state()
         receiver.wrong = "a page that was not sent again"
