@@ -10,12 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from amig.errors import LinkLost
+from amig.errors import LinkLost, PeerError
 from amig.events import Event, Progress, State, StateChanged
 from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Policy
 from amig.session.door import Asked
+from amig.session.endpoints import open_destination
 from amig.session.inbound import Inbound, Phase
 from amig.session.migration import Migration
 from amig.session.peer import Peer
@@ -23,9 +24,24 @@ from amig.session.questions import Records
 from amig.stages.resumption import Answer
 from amig.transport import Dialer, listen
 from amig.transport.framed import FramedConnection
+from amig.wire import limits
 from amig.wire.frametype import FrameType
-from amig.wire.messages import Discarded, End, Join, Message, Ping, Query, Refuse, Resume
+from amig.wire.messages import (
+    Discarded,
+    End,
+    Held,
+    Join,
+    Message,
+    Ping,
+    Placed,
+    Query,
+    Refuse,
+    Resume,
+    Resumed,
+    Running,
+)
 from tests.modelguest import ModelGuest, ModelIncoming
+from tests.test_hostile_destination import OTHER, Liar
 from tests.test_wire_messages import HELLO
 
 PAGES = 3000
@@ -335,6 +351,74 @@ async def test_a_guest_is_paused_in_vain_twice_at_most() -> None:
                 async with Migration(guest, receiver.address, policy):
                     pass
     assert guest.calls.count("pause") == 2
+    assert_stayed(guest)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("ssh://hostb/web1", "ends with this connection"), ("file:/tmp/web1.snapshot", "can't be written to again")],
+)
+async def test_what_can_not_be_made_anew_says_why(address: str, why: str) -> None:
+    assert why in open_destination(address, Policy()).no_return
+
+
+async def test_an_older_amig_on_the_other_side_is_no_trouble() -> None:
+    """Who does not know the feature is offered it, and does not hear of it again."""
+    guest = busy_guest()
+    async with receiving(keep=0) as receiver, Migration(guest, receiver.address, Policy(**QUICK)):  # type: ignore[arg-type]
+        pass
+    assert_moved(guest, receiver)
+    assert receiver.inbound is not None
+    assert receiver.inbound.hello is not None
+    assert receiver.inbound.hello.features_optional == ("resume",)
+    assert "resume" not in receiver.inbound.hello.features_required
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        [Held(region=0, first=0, pages=b"\xff" * 8 * 40), Resumed(migration=OTHER, rounds=0, token=bytes(32))],
+        [Held(region=0, first=0, pages=b"\xff" * 8 * 46), Resumed(migration="", rounds=0, token=bytes(32))],
+        [Held(region=5, first=0, pages=bytes(8))],
+        [Resumed(migration="", rounds=1, token=bytes(32))],
+        [Resumed(migration="", rounds=limits.MAX_ROUND, token=bytes(32))],
+        [Placed(round=0)],
+        [Running(migration=OTHER)],
+    ],
+    ids=["another", "not-sent", "no-region", "not-over", "never", "placed", "running"],
+)
+async def test_a_destination_that_lies_about_what_it_has_leaves_the_guest_here(lies: list[Message]) -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    listener = await listen("tcp://127.0.0.1:0")
+
+    async def lie() -> None:
+        liar = Liar(await listener.accept())
+        await liar.greet()
+        assert liar.hello is not None
+        await liar.say(liar.welcome(features=(*liar.hello.features_required, "resume")))
+        await liar.take(FrameType.BLOCK)
+        liar.connection.abort()
+        again = Liar(await listener.accept())
+        try:
+            assert isinstance(await again.link.receive(), Resume)
+            for message in lies:
+                mine = getattr(message, "migration", None) == ""
+                await again.say(msgspec.structs.replace(message, migration=liar.migration) if mine else message)
+            await again.listen()
+        finally:
+            again.connection.abort()
+
+    lying = asyncio.create_task(lie())
+    try:
+        async with asyncio.timeout(30):
+            with pytest.raises(PeerError):
+                async with Migration(guest, listener.address, Policy(bandwidth=2e6, **QUICK)):  # type: ignore[arg-type]
+                    pass
+    finally:
+        lying.cancel()
+        await asyncio.gather(lying, return_exceptions=True)
+        await listener.close()
     assert_stayed(guest)
 
 

@@ -101,7 +101,7 @@ async def test_every_fault_at_every_frame(case: Case, monkeypatch: pytest.Monkey
     await survives(case, monkeypatch)
 
 
-@pytest.mark.parametrize("case", cases.anew_cases()[::7], ids=str)
+@pytest.mark.parametrize("case", cases.anew_cases()[::13], ids=str)
 async def test_a_connection_that_is_lost_is_made_anew(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     await survives(case, monkeypatch)
 
