@@ -20,6 +20,8 @@ class State(enum.StrEnum):
     """Precopy: the guest runs, its memory is sent round by round."""
     SWITCHOVER = "switchover"
     """The guest is paused; last pages and device state are sent."""
+    RECONNECTING = "reconnecting"
+    """The connection was lost before COMMIT: the guest runs, and the destination is sought again."""
     COMMITTING = "committing"
     """The destination has everything; past this point the source never runs the guest. Can't be cancelled."""
     COMPLETED = "completed"
@@ -125,6 +127,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     downtime_ms: float | None = None
     """From the source's pause to the destination's RUNNING as the migrator saw them; None if it never came to that."""
     rounds: int = 0
+    reconnects: int = 0
+    """How often the connection was lost and the migration went on over a new one."""
     pages: PageCounts = PageCounts()
     bytes: ByteCounts = ByteCounts()
     window_ms: WindowMs = WindowMs()

@@ -17,6 +17,11 @@ MIB = 1 << 20
 MIN_CHUNK = 256 << 10
 MAX_CHUNK = 1 << 30
 
+KEEPALIVE = 5.0
+STALL = 20.0
+MAX_KEPT = 86400.0
+"""Seconds that either side may be told to keep what it has for the other."""
+
 FIXED = 0.003
 """Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
 PACE_BYTES = 32 * MIB
@@ -61,6 +66,12 @@ class Policy:
     """Seconds for each connection and for the handshake."""
     handover_timeout: float = 30.0
     """Seconds to wait for each answer of the handover (PREPARED, RUNNING)."""
+    reconnect: float = 30.0
+    """Seconds for which the destination is sought again after a lost connection, the guest running; 0: not at all."""
+    keepalive: float = KEEPALIVE
+    """Seconds without a byte after which the destination is asked for a sign of life."""
+    stall: float = STALL
+    """Seconds without a byte, or an answer to that, after which the connection counts as lost."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -78,6 +89,8 @@ class Policy:
             (1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),
             (1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
             (self.connect_timeout > 0 and self.handover_timeout > 0, "a time limit that is not above 0"),
+            (0 <= self.reconnect <= MAX_KEPT, "a time to reconnect that is not between 0 and 1 day"),
+            (0 < self.keepalive <= self.stall, "a keep-alive that is not above 0, or longer than the stall"),
         )
         for sane, fault in checks:
             if not sane:

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from amig.errors import AmigError, LinkLost
+from amig.digest import PageDigests
+from amig.errors import AmigError, LinkLost, VerifyFailed
 from amig.memory import PAGE_SIZE
 from amig.session import inbound
 from amig.session.inbound import Inbound
@@ -30,10 +31,12 @@ from amig.wire.frames import HEADER_SIZE
 from amig.wire.frametype import FrameType
 from amig.wire.messages import Commit, Ping
 from tests.fuzz import streams
-from tests.fuzz.receiver import ID, MAP, FencedGuest, a_block, hello, one_page, round_end
+from tests.fuzz.receiver import ID, KEY, MAP, FencedGuest, a_block, hello, one_page, round_end, token_of
 
 STATE = b"device state"
 MOST_MEMORY = 64 << 20
+KEEP = 0.05
+"""Seconds: a source that comes back is there at once."""
 REGIONS = st.sampled_from(MAP.regions)
 
 
@@ -68,6 +71,7 @@ class Wire:
             flat = memoryview(view).cast("B")
             while len(self.said) < len(flat):
                 if self.ended:
+                    flat[: len(self.said)] = self.said  # as a socket does
                     raise LinkLost("the source has gone")
                 self.starved = True
                 self._more.clear()
@@ -85,9 +89,25 @@ class Wire:
         self.feed(b"", end=True)
 
 
-class Receiver(RuleBasedStateMachine):
+class Comes:
+    """A listener to which the source comes back."""
+
+    address = "here"
+
     def __init__(self) -> None:
+        self.wires: asyncio.Queue[Wire] = asyncio.Queue()
+
+    async def accept(self) -> Wire:
+        return await self.wires.get()
+
+    async def close(self) -> None:
+        pass
+
+
+class Receiver(RuleBasedStateMachine):
+    def __init__(self, *features: str) -> None:
         super().__init__()
+        self.features = features
         self.environment = ExitStack()
         self.environment.enter_context(patch.dict(os.environ, XDG_STATE_HOME="/proc/none"))
         self.environment.enter_context(patch.object(inbound, "LAST_WORD_TIMEOUT", 0.02))
@@ -96,14 +116,19 @@ class Receiver(RuleBasedStateMachine):
         self.guest = FencedGuest()
         self.wrong = ""
         self.round = self.here = self.data = self.zero = 0
+        self.since = 0
+        self.unheard: tuple[int, dict[int, int]] | None = None
+        self.held: dict[int, int] = {}
         self.state_sent = self.ended = self.committed = False
         self.memory = {r.id: np.zeros((r.pages, PAGE_SIZE), np.uint8) for r in MAP.regions}
         self.runner.run(self.begin())
 
     async def begin(self) -> None:
         self.wire = Wire()
-        self.task = asyncio.create_task(Inbound(self.wire, None, self.guest, release="test").run())
-        await self.settle(hello(1))
+        self.comes = Comes()
+        self.task = asyncio.create_task(Inbound(self.wire, self.comes, self.guest, release="test", keep=KEEP).run())
+        await self.settle(hello(1, *self.features, optional=(messages.RESUME_FEATURE,)))
+        self.token = token_of(bytes(self.wire.heard))
 
     async def settle(self, data: bytes, *, end: bool = False) -> None:
         """Say something, and wait until the destination has taken it in, or has given up."""
@@ -136,7 +161,17 @@ class Receiver(RuleBasedStateMachine):
             "pages": np.array([pages], np.uint64),
             "zero": np.array([zero], np.uint64),
         }
-        self.say(a_block(content, packed=packed and bool(numbers), summed=summed, **changes))
+        said = a_block(content, packed=packed and bool(numbers), summed=summed, **changes)
+        torn = data.draw(st.integers(0, len(said) - 1)) if data.draw(st.integers(0, 7)) == 0 else 0
+        if torn and not self.wrong:
+            self.hears()
+            self.runner.run(self.torn(said[:torn]))
+            changes["round"] = self.round
+            content = bytes([fill, self.round % 251]) * (PAGE_SIZE // 2) * len(numbers)
+            said = a_block(content, packed=packed and bool(numbers), summed=summed, **changes)
+        self.hears()
+        self.say(said)
+        self.held[region.id] = self.held.get(region.id, 0) | pages << first
         self.here += pages.bit_count()
         self.data += len(numbers)
         self.zero += zero.bit_count()
@@ -149,9 +184,53 @@ class Receiver(RuleBasedStateMachine):
     @precondition(filling)
     @rule()
     def end_of_round(self) -> None:
+        self.hears()
         self.say(round_end(self.round, self.here))
         self.round += 1
         self.here = 0
+        self.held = {}
+
+    @precondition(lambda self: not self.ended and not self.wrong)
+    @rule(heard=st.booleans())
+    def come_back(self, heard: bool) -> None:
+        """The connection is lost; the source returns, and may lose the answer, too."""
+        self.runner.run(self.back(heard=heard))
+
+    def hears(self) -> None:
+        """A source that goes on has heard the answer before."""
+        if self.unheard is not None:
+            self.since, self.unheard = self.round, None
+
+    async def torn(self, said: bytes) -> None:
+        self.wire.feed(said)
+        await self.back(heard=True)
+
+    async def back(self, *, heard: bool) -> None:
+        self.wire.feed(b"", end=True)
+        self.wire = Wire()
+        rounds, held = (self.round, self.held) if self.unheard is None else self.unheard
+        begins = max(self.round, rounds) + 1
+        resume = messages.Resume(migration=ID, token=self.token, since=self.since, round=begins)
+        self.wire.said += streams.message(resume)
+        self.comes.wires.put_nowait(self.wire)
+        while not self.task.done() and not self.wire.starved:
+            await asyncio.sleep(0)
+        found: dict[int, int] = {}
+        answered = None
+        for piece in streams.cut(bytes(self.wire.heard)):
+            kind = FrameType(piece[4])
+            message = messages.decode(kind, piece[HEADER_SIZE:])
+            if isinstance(message, messages.Held):
+                found[message.region] = int.from_bytes(message.pages, "little") << message.first
+            elif isinstance(message, messages.Resumed):
+                answered = message.rounds
+        assert (answered, found) == (rounds, held), "it says that something else is in place than what came"
+        self.round, self.here, self.data, self.zero, self.held = begins, 0, 0, 0, {}
+        self.state_sent = False
+        if heard:
+            self.since, self.unheard = begins, None
+        else:
+            self.unheard = rounds, held
 
     @rule()
     def ping(self) -> None:
@@ -346,3 +425,51 @@ def test_a_commit_before_the_end_is_refused() -> None:
             assert "run" not in receiver.guest.calls
         finally:
             receiver.teardown()
+
+
+async def placed(receiver: Receiver) -> None:
+    """Wait until PLACED has come: what comes now may land in guest memory at once."""
+    async with asyncio.timeout(30):
+        while FrameType(streams.cut(bytes(receiver.wire.heard))[-1][4]) is not FrameType.PLACED:
+            await asyncio.sleep(0)
+
+
+def finish(receiver: Receiver) -> None:
+    for step in (Receiver.end_of_round, Receiver.state, Receiver.end, Receiver.commit):
+        step(receiver)
+
+
+def test_a_page_that_landed_in_part_and_then_comes_as_zero_is_zero() -> None:
+    """Fresh memory is zero, so a zero page is not written there: what landed in part must not stay."""
+    receiver = Receiver()
+    try:
+        receiver.runner.run(receiver.torn(one_page(5, PAGE)[:-1]))
+        zero = np.array([1 << 5], np.uint64)
+        receiver.say(one_page(5, b"", round=receiver.round, zero=zero))
+        receiver.here, receiver.zero = 1, 1
+        finish(receiver)
+    finally:
+        receiver.teardown()
+
+
+def test_a_page_that_landed_in_part_and_never_comes_again_is_never_taken_for_right() -> None:
+    """Should a source ever forget to send it: the digests must not agree."""
+    memory = np.zeros((MAP.regions[0].pages, PAGE_SIZE), np.uint8)
+    memory[5] = np.frombuffer(PAGE, np.uint8)
+    digests = PageDigests(MAP.regions, int.from_bytes(KEY, "little"))
+    digests.hash(0, memory, np.array([5]))
+    receiver = Receiver(messages.DIGESTS_FEATURE)
+    try:
+        receiver.say(one_page(5, PAGE))
+        receiver.here = 1
+        receiver.held = {0: 1 << 5}
+        receiver.end_of_round()
+        receiver.runner.run(placed(receiver))
+        receiver.runner.run(receiver.torn(one_page(5, PAGE[::-1], round=1)[:-1]))
+        receiver.state()
+        receiver.wrong = "a page that was not sent again"
+        receiver.say(streams.end(receiver.round, 0, 0, STATE, digests.roots()))
+        receiver.runner.run(receiver.give_up())
+        assert isinstance(receiver.task.exception(), VerifyFailed)
+    finally:
+        receiver.teardown()

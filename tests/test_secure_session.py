@@ -76,6 +76,34 @@ async def test_a_pairing_is_for_one_attempt() -> None:
         await assert_stayed(source)
 
 
+@pytest.mark.parametrize("how", ["pairing", "certificates"])
+async def test_a_connection_that_is_lost_is_made_anew_by_who_has_proved_to_be_the_same(
+    trust: Trust,  # noqa: F811
+    how: str,
+) -> None:
+    pairing, link = (PairingHost(), LinkOptions()) if how == "pairing" else (None, trust.good)
+    cuts = 1
+
+    def on_event(event: amig.Event) -> None:
+        nonlocal cuts
+        if cuts and isinstance(event, amig.Progress) and event.bytes_sent > 1 << 20:
+            cuts -= 1
+            for connection in migration._session._destination._links:  # type: ignore[union-attr, attr-defined]
+                connection.abort()
+
+    async with (
+        hosting(engine="simulator") as source,
+        Reception(HERE, name="b", pairing=pairing, link=link) as target,
+    ):
+        policy = amig.Policy(bandwidth=30e6, streams=2, downtime=1.0)
+        migration = amig.Migration(source.name, target.invitation, policy, link=link, on_event=on_event)
+        async with migration:
+            pass
+        assert (await migration.result()).reconnects == 1
+        await target.arrived()
+        assert await verdict(machine_of(target.service)) == 0
+
+
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_a_side_that_is_not_trusted_gets_no_guest_and_brings_none(trust: Trust, side: str) -> None:  # noqa: F811
     ours, theirs = (trust.stranger, trust.good) if side == "source" else (trust.good, trust.stranger)

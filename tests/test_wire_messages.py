@@ -42,6 +42,9 @@ ALL = [
     messages.Ping(seq=1, sent_ns=2),
     messages.Pong(seq=1, sent_ns=2),
     messages.Query(migration=ID),
+    messages.Resume(migration=ID, token=bytes(32), since=0, round=7),
+    messages.Held(region=0, first=64, pages=bytes(8)),
+    messages.Resumed(migration=ID, rounds=5, token=bytes(32)),
     messages.Digests(region=0, first=4096, digests=bytes(8 * 4096)),
 ]
 

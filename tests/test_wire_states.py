@@ -46,6 +46,14 @@ COURSES = {
     "destination gives up waiting for COMMIT": (f"{END}, < PREPARED, < DISCARDED", S.RETURNED, D.DISCARDED),
     "destination can't run": (f"{END}, < PREPARED, > COMMIT, < DISCARDED", S.RETURNED, D.DISCARDED),
     "a further stream": ("> JOIN, < JOINED, > BLOCK, > ROUND, > BLOCK, > ROUND", S.STREAM, D.STREAM),
+    "back after a lost one": (
+        "> RESUME, < HELD, < HELD, < RESUMED, > BLOCK, > ROUND, < PLACED, > STATE, > END, < PREPARED, > COMMIT, "
+        "< RUNNING",
+        S.DONE,
+        D.DONE,
+    ),
+    "back, and nothing is kept": ("> RESUME, < REFUSE", S.REFUSED, D.REFUSED),
+    "back, and cancelled": ("> RESUME, > ABORT", S.ABORTED, D.ABORTED),
     "a stream refused": ("> JOIN, < REFUSE", S.REFUSED, D.REFUSED),
     "asked: it runs": ("> QUERY, < RUNNING", S.DONE, D.DONE),
     "asked: discarded": ("> QUERY, < DISCARDED", S.RETURNED, D.DISCARDED),
@@ -100,6 +108,9 @@ def test_the_whole_way_passes_these_states():
         (f"{MEMORY}, > STATE", ("> DIGESTS", "< ABORT"), S.ABORTED, D.ABORTED),
         ("> HELLO", ("> ABORT", "< WELCOME"), S.ABORTED, D.ABORTED),
         ("> HELLO", ("> ABORT", "< REFUSE"), S.ABORTED, D.REFUSED),
+        ("> RESUME", ("> ABORT", "< HELD"), S.ABORTED, D.ABORTED),
+        ("> RESUME", ("> ABORT", "< RESUMED"), S.ABORTED, D.ABORTED),
+        ("> RESUME", ("> ABORT", "< REFUSE"), S.ABORTED, D.REFUSED),
         (END, ("> ABORT", "< PREPARED"), S.ABORTED, D.ABORTED),
         (f"{END}, < PREPARED", ("> COMMIT", "< DISCARDED"), S.RETURNED, D.DISCARDED),
         (f"{END}, < PREPARED", ("> ABORT", "< DISCARDED"), S.ABORTED, D.DISCARDED),
@@ -189,7 +200,7 @@ def test_whatever_crosses_no_end_breaks_the_protocol_and_never_do_both_run_the_g
 
 
 def test_a_lost_connection_before_commit_leaves_the_guest_with_the_source():
-    for state in (S.HELLO_SENT, S.MEMORY, S.SWITCHOVER, S.WAIT_PREPARED, S.PREPARED):
+    for state in (S.HELLO_SENT, S.RESUMING, S.MEMORY, S.SWITCHOVER, S.WAIT_PREPARED, S.PREPARED):
         assert states.SOURCE_LOST[state] is S.ABORTED
     assert states.SOURCE_LOST[S.COMMITTED] is S.IN_DOUBT
     assert states.DESTINATION_LOST[D.END_RECEIVED] is D.ABORTED

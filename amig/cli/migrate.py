@@ -93,6 +93,18 @@ def migrate(
             "--handover-timeout", metavar="TIME", help="For each answer at the switchover.", rich_help_panel=_LIMITS
         ),
     ] = "30s",
+    reconnect: Annotated[
+        str,
+        typer.Option(
+            "--reconnect",
+            metavar="TIME",
+            help="When the connection is lost before the other side has everything, seek that for so long, and go on "
+            "with what it has: only the rest is sent. The guest runs meanwhile. 0: a lost connection is the end.",
+            rich_help_panel=options.LINK,
+        ),
+    ] = "30s",
+    keepalive: options.KeepAlive = "5s",
+    stall: options.Stall = "20s",
     compression: Annotated[
         options.Compression, typer.Option("--compression", help="Of pages.", rich_help_panel=_STREAM)
     ] = options.Compression.NONE,
@@ -163,7 +175,7 @@ def migrate(
     DST is where amig receive listens; with ssh:// it is started there. The guest runs on here while its memory is sent,
     again and again what it wrote meanwhile, until the rest fits the downtime; then it is paused, and goes on over
     there. Whatever fails before the other side has everything, it runs on here. Ctrl-C, or amig cancel NAME, keeps it
-    here.
+    here. A connection that is lost on the way is made anew (--reconnect), except for ssh:// and files.
 
     A migration to a file is a live snapshot: the guest runs on (with --stop it doesn't), and the file appears when it
     is whole. A file can be SRC, too.
@@ -195,6 +207,9 @@ def migrate(
         verify=verify.value,
         connect_timeout=options.seconds("--connect-timeout", connect_timeout),
         handover_timeout=options.seconds("--handover-timeout", handover_timeout),
+        reconnect=options.seconds("--reconnect", reconnect),
+        keepalive=options.seconds("--keepalive", keepalive),
+        stall=options.seconds("--stall", stall),
     )
     link = options.link(insecure=insecure, cert=tls_cert, key=tls_key, ca=tls_ca)
     destination = read_destination(destination)
@@ -270,7 +285,12 @@ def report(result: Result) -> str:
         (
             f"{result.source} -> {result.destination}{simulated}: {format_duration(result.total_ms / 1e3)}, "
             f"downtime {downtime}",
-            f"  rounds    {result.rounds}",
+            f"  rounds    {result.rounds}"
+            + (
+                f", connected again {result.reconnects} time{'s' * (result.reconnects > 1)}"
+                if result.reconnects
+                else ""
+            ),
             f"  pages     {pages.total}: {pages.sent} sent, {pages.zero} zero, {pages.resent} sent more than once"
             + (f", {pages.delta} as differences" if pages.delta else ""),
             f"  bytes     {format_size(result.bytes.memory)} of memory, {format_size(result.bytes.wire)} on the wire "

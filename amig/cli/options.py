@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _TRUST = "Trust"
 HOST_PANEL = "Host"
+LINK = "Link"
 _ENTRY, _MIN_RING, _MAX_RING = 16, 4096, 1 << 20
 """Bytes of an entry of a dirty ring, and what KVM takes at least and at most; api.rst 8.29."""
 
@@ -43,6 +44,24 @@ DirtyRing = Annotated[
 Lifeline = Annotated[bool, typer.Option("--lifeline", hidden=True, help="End when standard input does.")]
 
 
+KeepAlive = Annotated[
+    str,
+    typer.Option(
+        "--keepalive",
+        metavar="TIME",
+        help="Ask the other side for a sign of life when nothing has moved for so long.",
+        rich_help_panel=LINK,
+    ),
+]
+Stall = Annotated[
+    str,
+    typer.Option(
+        "--stall",
+        metavar="TIME",
+        help="Without one, and without a byte either way, the connection counts as lost.",
+        rich_help_panel=LINK,
+    ),
+]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Let tcp:// leave this machine, in the clear.", rich_help_panel=_TRUST)
 ]

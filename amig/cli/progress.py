@@ -19,6 +19,7 @@ _STATES = {
     State.CONNECTING: "connecting",
     State.MEMORY: "sending memory while the guest runs",
     State.SWITCHOVER: "the guest is paused: last pages and device state",
+    State.RECONNECTING: "the connection is lost; the guest runs on, and the destination is sought again",
     State.COMMITTING: "the destination has everything and may run the guest",
     State.COMPLETED: "done",
     State.CANCELLED: "cancelled",
@@ -78,7 +79,7 @@ class Lines:
         match event:
             case StateChanged() if event.state in _STATES and event.state is not self._state:
                 self._state = event.state
-                say.note(_STATES[event.state])
+                say.note(state_text(event))
             case RoundEnded():
                 say.note(round_text(event))
             case Notice():
@@ -120,6 +121,8 @@ class Bar:
         match event:
             case StateChanged() if event.state in _STATES:
                 self._figures.plain = f"  {_STATES[event.state]}"
+                if event.reason:
+                    self._console.print(state_text(event), highlight=False, markup=False)
             case RoundEnded():
                 self._console.print(round_text(event), highlight=False, markup=False)
             case Notice():
@@ -129,6 +132,11 @@ class Bar:
                 self._figures.plain = f"  {figures(event)}"
             case _:
                 pass
+
+
+def state_text(event: StateChanged) -> str:
+    """Return what to say of a state, with the reason where there is one."""
+    return f"{_STATES[event.state]}: {event.reason}" if event.reason else _STATES[event.state]
 
 
 def round_text(event: RoundEnded) -> str:

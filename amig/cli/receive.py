@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _TEXTS = {
     "memory": "a guest is arriving",
+    "lost": "the connection is lost; what came is kept for a source that connects again",
     "loading": "its memory is here; loading its state",
     "prepared": "ready to run it; waiting for the source to let go",
     "discarded": "what came was thrown away",
@@ -49,6 +50,9 @@ class Request:
     memory: int
     max_memory: int
     dirty_ring: int
+    keep: float
+    keepalive: float
+    stall: float
     detached: bool
 
 
@@ -106,6 +110,18 @@ def receive(
         ),
     ] = None,
     dirty_ring: options.DirtyRing = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            metavar="TIME",
+            help="Keep what has come when the connection is lost, for a source that connects again; others have to "
+            "wait. Longer than its --reconnect. 0: a lost connection is the end.",
+            rich_help_panel=options.LINK,
+        ),
+    ] = "60s",
+    keepalive: options.KeepAlive = "5s",
+    stall: options.Stall = "20s",
     detach: options.Detach = False,
     json: options.Json = False,
     lifeline: options.Lifeline = False,
@@ -153,6 +169,9 @@ def receive(
         memory=options.size("--memory", memory) if memory is not None else 0,
         max_memory=options.size("--max-memory", max_memory) if max_memory is not None else 0,
         dirty_ring=options.ring_bytes(dirty_ring) if dirty_ring is not None else 0,
+        keep=options.seconds("--keep", keep),
+        keepalive=options.seconds("--keepalive", keepalive),
+        stall=options.seconds("--stall", stall),
         detached=is_detached(),
     )
     if warning and not is_detached():
@@ -236,6 +255,9 @@ async def _receive(host: Host, request: Request) -> int:
             memory=request.memory,
             max_memory=request.max_memory,
             dirty_ring=request.dirty_ring,
+            keep=request.keep,
+            keepalive=request.keepalive,
+            stall=request.stall,
             on_phase=on_phase,
             on_failure=on_failure,
             on_note=on_note,

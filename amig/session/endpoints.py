@@ -42,4 +42,10 @@ def open_destination(address: str, policy: Policy, link: LinkOptions | None = No
     most = dialer.max_connections
     if most is not None and policy.streams > most:
         raise UsageError(f"{dialer.address} is one connection: leave --streams out, or use tls://")
-    return Peer(dialer, connect_timeout=policy.connect_timeout, handover_timeout=policy.handover_timeout)
+    return Peer(
+        dialer,
+        connect_timeout=policy.connect_timeout,
+        handover_timeout=policy.handover_timeout,
+        keepalive=policy.keepalive,
+        stall=policy.stall,
+    )

@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from amig.digest import named
-from amig.errors import MigrationError, PeerError, VerifyFailed
+from amig.errors import LinkLost, MigrationError, PeerError, VerifyFailed
 from amig.guest import Incoming
 from amig.session import verify
 from amig.session.streams import StreamSource
 from amig.stages.pipeline import DestinationPipeline
+from amig.stages.resumption import Placement
 from amig.transport.framed import FramedConnection
 from amig.wire.frames import FrameHeader
 from amig.wire.frametype import FrameType
@@ -20,24 +21,36 @@ from amig.wire.state import StateAssembler
 
 
 class Filling:
-    """Takes everything between HELLO and END. The first connection carries the control frames."""
+    """Takes everything between HELLO and END, over one set of connections or, where it ``keeps``, several in turn.
 
-    def __init__(self, guest: Incoming, hello: Hello, links: Sequence[FramedConnection], *, workers: int) -> None:
+    The first connection of a set carries the control frames. What was said on a set that was lost counts no more, but
+    for the pages that are in place.
+    """
+
+    def __init__(self, guest: Incoming, hello: Hello, *, workers: int, keeps: bool = False) -> None:
         self._guest = guest
         self._hello = hello
-        self._links = links
         self._workers = workers
-        self._state = StateAssembler()
         self._digests = verify.digests(hello.memory.regions, hello.digest_key)
-        wanted = (*hello.features_required, *hello.features_optional)
-        self._full = verify.FullCheck(guest, hello) if FULL_FEATURE in wanted else None
         self._placed = asyncio.Condition()
-        self._rounds = 0
-        self._end: End | None = None
-        self._control = StreamSource(links[0], hello.memory, self)
+        self.placement = Placement(hello.memory.regions, remember=keeps)
 
-    async def receive(self, on_round: Callable[[int], Awaitable[None]]) -> None:
-        """Place all pages; ``on_round`` is awaited after each round. Raises `VerifyFailed` if any is missing."""
+    def _begin(self, links: Sequence[FramedConnection]) -> list[StreamSource]:
+        memory, first = self._hello.memory, self.placement.rounds
+        self._links = links
+        self._state = StateAssembler()
+        wanted = (*self._hello.features_required, *self._hello.features_optional)
+        self._full = verify.FullCheck(self._guest, self._hello) if FULL_FEATURE in wanted else None
+        self._rounds = first
+        self._end: End | None = None
+        self._control = StreamSource(links[0], memory, self, first_round=first)
+        return [self._control, *(StreamSource(link, memory, first_round=first) for link in links[1:])]
+
+    async def receive(self, links: Sequence[FramedConnection], on_round: Callable[[int], Awaitable[None]]) -> None:
+        """Place all pages; ``on_round`` is awaited after each round. Raises `VerifyFailed` if any is missing.
+
+        Raises `LinkLost` when a connection is: everything that had come whole is in place then.
+        """
         memory = self._hello.memory
 
         async def placed(round_: int) -> None:
@@ -46,12 +59,19 @@ class Filling:
                 self._rounds = round_ + 1
                 self._placed.notify_all()
 
-        sources = [self._control]
-        sources += [StreamSource(link, memory) for link in self._links[1:]]
+        sources = self._begin(links)
         pipeline = DestinationPipeline(
-            self._guest, memory.regions, sources, workers=self._workers, on_round=placed, digests=self._digests
+            self._guest,
+            memory.regions,
+            sources,
+            workers=self._workers,
+            on_round=placed,
+            digests=self._digests,
+            placement=self.placement,
         )
         await pipeline.run()
+        if pipeline.lost:
+            raise LinkLost(pipeline.lost)
         end = self._end
         assert end is not None  # noqa: S101 - the pipeline ends at END only
         got = (sources[0].rounds, pipeline.place.pages_placed, pipeline.place.pages_zero)

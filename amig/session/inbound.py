@@ -1,8 +1,9 @@
 """The destination side of one migration: agree, receive, load, promise, run.
 
 The guest is run only after COMMIT has come and RUNNING is durable. Until PREPARED is sent everything that goes wrong
-throws away what came; between PREPARED and COMMIT a lost connection does too, durably (DISCARDED), before anything
-else.
+throws away what came, but for a lost connection while memory comes: then it is kept for a while, and the source may
+come back (`amig.session.door`). Between PREPARED and COMMIT a lost connection throws it away, durably (DISCARDED),
+before anything else.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
+from typing import Any
 
-from amig.aio import to_its_end
+from amig.aio import settle, to_its_end
 from amig.errors import AmigError, LinkLost, MigrationError, PeerError, Refused, VerifyFailed
 from amig.guest import Incoming
+from amig.policy import KEEPALIVE, STALL
+from amig.session.agreement import told
+from amig.session.alive import keep_alive
+from amig.session.door import Asked, Door, Return
 from amig.session.filling import Filling
-from amig.session.questions import Answered, Records, WasAsked, answer, attend, confirmed
+from amig.session.questions import UNKNOWN, Answered, Records, WasAsked, answer, attend, confirmed
 from amig.session.tasks import one_error
 from amig.session.verify import FEATURES, check_features
 from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    RESUME_FEATURE,
     VERIFY_FAILED,
     Abort,
     Commit,
@@ -41,6 +48,8 @@ from amig.wire.messages import (
     Prepared,
     Query,
     Refuse,
+    Resume,
+    Resumed,
     Running,
     Welcome,
     agree,
@@ -59,6 +68,8 @@ class Phase(enum.StrEnum):
 
     WAITING = "waiting"
     MEMORY = "memory"
+    LOST = "lost"
+    """The connection is; what came is kept for a source that comes back."""
     LOADING = "loading"
     PREPARED = "prepared"
     RUNNING = "running"
@@ -78,11 +89,17 @@ class Inbound:
         name: str | None = None,
         workers: int = 1,
         max_streams: int = 64,
+        keep: float = 0.0,
+        keepalive: float = KEEPALIVE,
+        stall: float = STALL,
         on_phase: Callable[[Phase], None] = lambda _: None,
         admit: Callable[[Hello], None] = lambda _: None,
         records: Records | None = None,
     ) -> None:
         """``name`` is what the guest shall be called here; None keeps the source's name.
+
+        ``keep``: seconds that what has come is kept after a lost connection, 0 for not at all; ``keepalive`` and
+        ``stall`` as in `amig.policy.Policy`.
 
         ``admit`` raises `Refused` for a guest that shall not come here, before anything is made for it. ``records`` has
         the answers for a source that asks what became of an earlier migration.
@@ -96,6 +113,11 @@ class Inbound:
         self._name = name
         self._workers = workers
         self._max_streams = max_streams
+        self._keep = keep if listener is not None else 0.0
+        self._keepalive = keepalive
+        self._stall = stall
+        self._door: Door | None = None
+        self._streams = 1
         self._on_phase = on_phase
         self._admit = admit
         self._records = records or Records()
@@ -146,12 +168,15 @@ class Inbound:
             raise LinkLost(f"{self._link.peer} connected and said nothing") from None
         if isinstance(message, Query):
             raise WasAsked(await answer(self._link, message, self._records))
+        if isinstance(message, Resume):
+            await self._refuse(UNKNOWN, f"nothing is kept here of migration {message.migration}")
+            raise PeerError(f"{self._link.peer} wanted to go on with migration {message.migration}, which is not here")
         if not isinstance(message, Hello):
             await self._refuse("not-migrating", "no migration is under way here")
             raise PeerError(f"{self._link.peer} sent {type(message).__name__} to a host that waits for a migration")
         self.hello, self.migration = message, message.migration
         try:
-            features = agree(message, FEATURES)
+            features = agree(message, (*FEATURES, RESUME_FEATURE) if self._keep else FEATURES)
             check_features(message, features)
             self._admit(message)
             identity = await self._guest.build(
@@ -163,7 +188,7 @@ class Inbound:
             await self._refuse("refused", str(error))
             raise
         token = secrets.token_bytes(32)
-        streams = min(message.streams, self._max_streams) if self._listener else 1
+        self._streams = streams = min(message.streams, self._max_streams) if self._listener else 1
         await self._link.send_message(
             Welcome(
                 migration=message.migration,
@@ -175,10 +200,20 @@ class Inbound:
                 amig=self._release,
             )
         )
-        await self._join(message, token, streams)
+        await self._join(message, token)
+        if RESUME_FEATURE in features and self._listener is not None:
+            self._door = Door(
+                self._listener,
+                self._records,
+                migration=message.migration,
+                token=token,
+                identity=self._link.connection.identity,
+                name=self._name or message.name,
+            )
         return message
 
-    async def _join(self, hello: Hello, token: bytes, streams: int) -> None:
+    async def _join(self, hello: Hello, token: bytes) -> None:
+        streams = self._streams
         waiting = set(range(1, streams))
         sources: dict[int, FramedConnection] = {}
         try:
@@ -209,24 +244,136 @@ class Inbound:
                 ):
                     await link.send_message(Joined(stream=message.stream))
                     return message.stream
+                self._not_back(link, message)
                 await link.send_message(Refuse(code="busy", reason="another migration is arriving here"))
+        except _Back:
+            raise
         except (LinkLost, PeerError, TimeoutError):
             pass
         return None
 
+    def _not_back(self, link: FramedConnection, message: Message) -> None:
+        """Raise `_Back` for a source that has lost its connection again, and does not come with JOIN."""
+        if self._door is not None and self._door.keep(link, message):
+            raise _Back(f"{link.peer} has lost its connection, and is back")
+
     async def _fill(self, hello: Hello) -> None:
         self._enter(Phase.MEMORY)
-        filling = Filling(self._guest, hello, self._links, workers=self._workers)
-        await filling.receive(self._placed)
+        door = self._door
+        filling = Filling(self._guest, hello, workers=self._workers, keeps=door is not None)
+        if door is None:
+            await self._receive(filling)
+        else:
+            try:
+                while (back := await self._until_back(filling, door)) is not None:
+                    await self._go_on(hello, filling, back)
+            finally:
+                door.close()
         self._enter(Phase.LOADING)
         began = time.monotonic_ns()
         await filling.load()
         await self._link.send_message(Prepared(migration=self.migration, load_ns=time.monotonic_ns() - began))
         self._enter(Phase.PREPARED)
 
+    async def _receive(self, filling: Filling) -> None:
+        """Receive over the connections that there are. Raises `LinkLost` when one is lost, or nothing moves."""
+        links = self._links
+
+        def drop(_: object) -> None:  # not cancelled: what has come is still placed
+            for link in links:
+                link.abort()
+
+        def filling_up() -> bool:
+            return self._protocol.state in (DestinationState.MEMORY, DestinationState.SWITCHOVER)
+
+        watch = asyncio.ensure_future(keep_alive(links, every=self._keepalive, limit=self._stall, while_=filling_up))
+        watch.add_done_callback(drop)
+        try:
+            with one_error():
+                await filling.receive(links, self._placed)
+        except LinkLost:
+            if watch.done():
+                watch.result()  # says more than that it was closed on this side
+            raise
+        finally:
+            watch.remove_done_callback(drop)
+            await _ended(watch)
+
+    async def _until_back(self, filling: Filling, door: Door) -> Return | None:
+        """Receive until everything has come, and return None; or until the source comes over a new connection.
+
+        It may come before the loss is noticed here. What had come whole is in place then.
+        """
+        back = asyncio.ensure_future(door.opened())
+        receiving = asyncio.ensure_future(self._receiving(filling))
+        came: Return | None = None
+        try:
+            await asyncio.wait({back, receiving}, return_when=asyncio.FIRST_COMPLETED)
+            if back.done() and _heard(back):
+                for link in self._links:
+                    link.abort()
+            lost = await receiving
+            if lost is not None:
+                for link in self._links:  # those that still carry must tell the source
+                    link.abort()
+                if not back.done():
+                    self._enter(Phase.LOST)
+            if lost is not None or (back.done() and back.exception() is None):
+                came = await self._kept(back, lost)
+            return came
+        finally:
+            await _ended(receiving)
+            await _ended(back)
+            if came is None and not back.cancelled() and back.exception() is None:
+                back.result().link.abort()
+
+    async def _kept(self, back: asyncio.Future[Return], lost: LinkLost | None) -> Return:
+        try:
+            async with asyncio.timeout(self._keep):
+                return await asyncio.shield(back)
+        except TimeoutError:
+            raise LinkLost(f"{lost}; the source did not come back within {self._keep:g} s (--keep)") from lost
+
+    async def _receiving(self, filling: Filling) -> LinkLost | None:
+        if self._streams > len(self._links):  # not all have joined: the source is on its way again
+            return LinkLost(f"the connection to {self._link.peer} was lost before the others came")
+        try:
+            await self._receive(filling)
+        except LinkLost as lost:
+            return LinkLost(str(lost))  # without its traceback, which holds the pipeline and what that has mapped
+        return None
+
+    async def _go_on(self, hello: Hello, filling: Filling, back: Return) -> None:
+        """Tell the source what is here, and take its further connections."""
+        for link in self._links:
+            link.abort()
+        self._link, self._links = back.link, [back.link]
+        assert isinstance(back.link.protocol, DestinationProtocol)  # noqa: S101 - the door has made it
+        self._protocol = back.link.protocol
+        message, placement, token = back.message, filling.placement, secrets.token_bytes(32)
+        try:
+            answer = placement.answer(message.since)
+            placement.go_on(answer, message.since, message.round)
+        except PeerError as error:
+            await self._refuse("refused", str(error))
+            raise
+        with contextlib.suppress(LinkLost):  # then it comes again
+            for part in told(answer.held):
+                await self._link.send_message(part)
+            await self._link.send_message(Resumed(migration=self.migration, rounds=answer.rounds, token=token))
+            await self._join(hello, token)
+            self._enter(Phase.MEMORY)
+
     async def _placed(self, round_: int) -> None:
-        if self._protocol.may_send(FrameType.PLACED):  # not when the source is just saying why it gives up
+        if not self._protocol.may_send(FrameType.PLACED):  # not when the source is just saying why it gives up
+            return
+        try:
             await self._link.send_message(Placed(round=round_))
+        except LinkLost:
+            if self._door is None:
+                raise
+            for link in self._links:  # whoever receives notices, and what has come is still placed
+                link.abort()
 
     async def _commit(self) -> None:
         try:
@@ -316,3 +463,25 @@ class Inbound:
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self._on_phase(phase)
+
+
+class _Back(LinkLost):
+    """The source has come with RESUME while its JOIN was awaited."""
+
+
+def _heard(back: asyncio.Future[Return]) -> bool:
+    """Whether the source has come; raises when it wants no more. That nobody can come is no harm yet."""
+    error = back.exception()
+    if error is not None and (isinstance(error, Asked) or not isinstance(error, AmigError)):
+        raise error
+    return error is None
+
+
+async def _ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait for its end; what came of it is known, or of no use any more."""
+    task.cancel()
+    cancelled = await settle(task)
+    if not task.cancelled():
+        task.exception()
+    if cancelled is not None:
+        raise cancelled

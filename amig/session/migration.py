@@ -260,6 +260,7 @@ class Migration:
             engine=self._guest.info.engine if self._guest else "",
             downtime_ms=None if session.downtime_s is None else round(session.downtime_s * 1e3, 3),
             rounds=stats.rounds,
+            reconnects=session.reconnects,
             pages=PageCounts(
                 total=stats.pages_total,
                 sent=stats.pages_sent,

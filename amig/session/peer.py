@@ -9,20 +9,26 @@ from collections.abc import Iterable, Sequence
 
 from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted, VerifyFailed
 from amig.guest import Outcome
+from amig.policy import KEEPALIVE, STALL
+from amig.session.agreement import Hearing
+from amig.session.alive import keep_alive
 from amig.session.asking import confirm, query
-from amig.session.destination import Placed
+from amig.session.destination import OutOfPatience, Placed
 from amig.session.streams import StreamSink
+from amig.stages.resumption import Answer
 from amig.stages.send import BlockSink
 from amig.transport import Dialer
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    RESUME_FEATURE,
     VERIFY_FAILED,
     Abort,
     Commit,
     Digests,
     Discarded,
     End,
+    Held,
     Hello,
     Join,
     Joined,
@@ -31,6 +37,8 @@ from amig.wire.messages import (
     Pong,
     Prepared,
     Refuse,
+    Resume,
+    Resumed,
     Running,
     Welcome,
 )
@@ -51,8 +59,24 @@ class Peer:
 
     one_way = False
 
-    def __init__(self, dialer: Dialer, *, connect_timeout: float, handover_timeout: float) -> None:
+    def __init__(
+        self,
+        dialer: Dialer,
+        *,
+        connect_timeout: float,
+        handover_timeout: float,
+        keepalive: float = KEEPALIVE,
+        stall: float = STALL,
+    ) -> None:
+        """All in seconds; see `amig.policy.Policy`."""
         self.address = dialer.address
+        self.no_return = (
+            "the receiver that was started there ends with this connection" if dialer.max_connections == 1 else ""
+        )
+        self._keepalive = keepalive
+        self._stall = stall
+        self._hello: Hello | None = None
+        self._welcome: Welcome | None = None
         self._dialer = dialer
         self._connect_timeout = connect_timeout
         self._handover_timeout = handover_timeout
@@ -92,14 +116,20 @@ class Peer:
         if answer.streams > hello.streams:
             raise PeerError(f"{self.address} wants {answer.streams} connections; {hello.streams} were offered")
         self.release = answer.amig
-        for stream in range(1, answer.streams):
+        self._hello, self._welcome = hello, answer
+        if RESUME_FEATURE not in answer.features:
+            self.no_return = self.no_return or "it does not keep what has come"
+        await self._join(answer.streams, answer.token)
+        return answer.identity
+
+    async def _join(self, streams: int, token: bytes) -> None:
+        for stream in range(1, streams):
             link = await self._connect(SourceProtocol())
-            await link.send_message(Join(migration=hello.migration, token=answer.token, stream=stream))
+            await link.send_message(Join(migration=self._migration, token=token, stream=stream))
             joined = await _answer(link)
             if isinstance(joined, Refuse):
                 raise Refused(f"{self.address} refused connection {stream}: {joined.reason}")
             assert isinstance(joined, Joined)  # noqa: S101 - as above
-        return answer.identity
 
     async def _connect(self, protocol: SourceProtocol) -> FramedConnection:
         link = FramedConnection(await self._dialer.connect(timeout=self._connect_timeout), protocol)
@@ -107,15 +137,18 @@ class Peer:
         return link
 
     async def round_trip(self) -> float:
-        """Return the best of a few pings, in seconds; comes before `listen`."""
+        """Return the best of a few pings, in seconds; comes before `listen`. Raises `LinkLost`."""
         best = self._connect_timeout
-        async with asyncio.timeout(self._connect_timeout):
-            for seq in range(PINGS):
-                began = time.monotonic_ns()
-                await self._links[0].send_message(Ping(seq=seq, sent_ns=began))
-                while not isinstance(message := await self._links[0].receive(), Pong):
-                    await self._handle(message)
-                best = min(best, (time.monotonic_ns() - began) / 1e9)
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                for seq in range(PINGS):
+                    began = time.monotonic_ns()
+                    await self._links[0].send_message(Ping(seq=seq, sent_ns=began))
+                    while not isinstance(message := await self._links[0].receive(), Pong):
+                        await self._handle(message)
+                    best = min(best, (time.monotonic_ns() - began) / 1e9)
+        except TimeoutError:
+            raise LinkLost(f"{self.address} did not answer a ping within {self._connect_timeout:g} s") from None
         return best
 
     def sinks(self, placed: Placed) -> Sequence[BlockSink]:
@@ -136,6 +169,46 @@ class Peer:
             # middle of the answer, when the states say already that it came.
             if not self._outcome.done():
                 self._outcome.set_exception(InDoubt(str(error)))
+
+    async def keep_alive(self) -> None:
+        """Watch the connections until END is sent: from then on the handover has its own time limit."""
+        await keep_alive(self._links, every=self._keepalive, limit=self._stall, while_=self._sending)
+
+    def _sending(self) -> bool:
+        return self._protocol.state in (SourceState.MEMORY, SourceState.SWITCHOVER)
+
+    async def resume(self, since: int, round_: int) -> Answer:
+        """Drop all connections, connect anew, and agree on what the destination has; see `Destination.resume`."""
+        links, self._links = self._links, []
+        for link in links:
+            link.abort()
+        self._protocol = SourceProtocol()
+        self._prepared = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                return await self._resume(since, round_)
+        except TimeoutError:
+            raise LinkLost(f"{self.address} did not answer within {self._connect_timeout:g} s") from None
+
+    async def _resume(self, since: int, round_: int) -> Answer:
+        hello, welcome = self._hello, self._welcome
+        assert hello is not None and welcome is not None  # noqa: S101, PT018 - open comes first
+        first = await self._connect(self._protocol)
+        await first.send_message(Resume(migration=self._migration, token=welcome.token, since=since, round=round_))
+        hearing = Hearing(hello.memory)
+        while isinstance(message := await first.receive(), Held):
+            hearing.add(message)
+        if isinstance(message, Refuse):
+            raise Refused(f"{self.address} refused: {message.reason}")
+        assert isinstance(message, Resumed)  # noqa: S101 - the table of states lets nothing else through
+        if message.migration != self._migration:
+            raise PeerError(f"{self.address} goes on with another migration")
+        answer = hearing.answer(message.rounds)
+        try:
+            await self._join(welcome.streams, message.token)
+        except Refused as error:  # it knows us, and has lost patience or a connection: there is a next time
+            raise LinkLost(str(error)) from error
+        return answer
 
     async def _handle(self, message: Message) -> None:
         match message:
@@ -175,7 +248,7 @@ class Peer:
                 await self._links[0].send_message(end)
                 await asyncio.shield(self._prepared)
         except TimeoutError:
-            raise LinkLost(
+            raise OutOfPatience(
                 f"{self.address} was not ready to run the guest within {self._handover_timeout:g} s "
                 "(--handover-timeout waits longer)"
             ) from None

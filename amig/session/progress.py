@@ -78,6 +78,8 @@ class ProgressMeter:
     def _estimate(self, state: State, left: float, rate: float) -> tuple[float | None, str]:
         if state is State.CONNECTING:
             return None, "the destination"
+        if state is State.RECONNECTING:
+            return None, "the destination, to which the connection was lost"
         if state is State.SWITCHOVER:
             return 0.0, "the last pages and the device state"
         if state is State.COMMITTING:

@@ -19,6 +19,7 @@ from amig.host.local import Builder
 from amig.host.relay import Sink
 from amig.host.service import HostService
 from amig.host.stock import MemoryStock
+from amig.policy import KEEPALIVE, MAX_KEPT, STALL
 from amig.session.inbound import Inbound, Phase
 from amig.session.questions import HostRecords, WasAsked, attend
 from amig.session.release import RELEASE
@@ -30,6 +31,8 @@ from amig.transport.pairing import PairingHost, PairingListener
 from amig.transport.stdio import StdioListener
 from amig.wire.messages import Hello
 
+KEEP = 60.0
+"""Seconds: as long as a source seeks, and as it may need more than this side to notice that a connection is lost."""
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +84,9 @@ class Reception:
         memory: int = 0,
         max_memory: int = 0,
         dirty_ring: int = 0,
+        keep: float = KEEP,
+        keepalive: float = KEEPALIVE,
+        stall: float = STALL,
         on_phase: Callable[[Phase], None] = lambda _: None,
         on_failure: Callable[[AmigError], None] = lambda _: None,
         on_note: Callable[[str], None] = lambda _: None,
@@ -89,7 +95,9 @@ class Reception:
 
         ``link`` has the certificates for ``tls://``, and says whether plain TCP is accepted from elsewhere. A guest
         with more than ``max_memory`` bytes is refused (0: none is); ``dirty_ring`` is the bytes of each vCPU's ring,
-        0 for bitmaps. Raises `UsageError` for sizes that can't be.
+        0 for bitmaps. For ``keep`` seconds what came over a lost connection is kept for a source that comes back (0:
+        not at all); a connection on which nothing moves is asked for a sign of life after ``keepalive`` seconds, and
+        counts as lost after ``stall``. Raises `UsageError` for sizes and times that can't be.
         """
         self._where = address
         self._link = link
@@ -98,6 +106,11 @@ class Reception:
         self._sinks = sinks
         self._once = once or pairing is not None
         self._dirty_ring = dirty_ring
+        if not 0 <= keep <= MAX_KEPT or not 0 < keepalive <= stall:
+            raise UsageError(
+                "what is received is kept between 0 and 1 day, and the keep-alive lies between 0 and the stall"
+            )
+        self._keep, self._keepalive, self._stall = keep, keepalive, stall
         self._stock = MemoryStock(ahead=memory, limit=max_memory, hugepages=hugepages, tell=self._note)
         self._workers = workers
         self._on_phase = on_phase
@@ -274,6 +287,9 @@ class Reception:
             release=RELEASE,
             name=self._name,
             workers=self._workers,
+            keep=self._keep,
+            keepalive=self._keepalive,
+            stall=self._stall,
             on_phase=self._on_phase,
             admit=self._admit,
             records=HostRecords(self.service.hosted.records),

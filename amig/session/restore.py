@@ -30,12 +30,12 @@ async def restore(path: str, guest: Incoming, *, name: str | None = None, worker
             except PeerError as error:
                 raise SnapshotError(f"{path} can't be restored: {error}") from error
             await guest.build(name=name or hello.name, machine=hello.machine, memory=hello.memory)
-            filling = Filling(guest, hello, [link], workers=workers)
+            filling = Filling(guest, hello, workers=workers)
 
             async def on_round(_: int) -> None:
                 pass
 
-            await filling.receive(on_round)
+            await filling.receive([link], on_round)
             await filling.load()
             return hello
     except BaseException as error:

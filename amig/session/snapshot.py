@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from amig.errors import UsageError
 from amig.guest import Outcome
 from amig.session.destination import Placed
 from amig.session.streams import StreamSink
 from amig.stages.items import RoundEnd
+from amig.stages.resumption import Answer
 from amig.stages.send import BlockSink
 from amig.transport.file import FileWriter, create
 from amig.transport.framed import FramedConnection
@@ -21,6 +23,7 @@ class SnapshotFile:
     """`Destination` that writes a file; it has its name only once it is complete and on disk."""
 
     one_way = True
+    no_return = "a file can't be written to again"
 
     def __init__(self, path: str) -> None:
         self.address = f"file:{path}"
@@ -49,6 +52,14 @@ class SnapshotFile:
     async def listen(self) -> None:
         """A file says nothing: waits until cancelled."""
         await asyncio.get_running_loop().create_future()
+
+    async def keep_alive(self) -> None:
+        """A disk has all the time that it needs."""
+        await asyncio.get_running_loop().create_future()
+
+    async def resume(self, since: int, round_: int) -> Answer:
+        """Never called, by `no_return`."""
+        raise UsageError(self.no_return)
 
     async def finish(self, state: bytes, pages: Iterable[Digests], end: End) -> None:
         """Write state, digests and END."""

@@ -3,7 +3,10 @@
 ::
 
     CONNECTING ─ open ─> MEMORY ─ the rest fits ─> SWITCHOVER ─ PREPARED ─> COMMITTING ─ RUNNING ─> COMPLETED
-         └──────────────────┴── any failure, or cancel ─┴─> guest runs on       └─ no answer ─> in doubt, said aloud
+         │                │  ▲                        │ │                       └─ no answer ─> in doubt, said aloud
+         │                │  └── RECONNECTING <───────┘ │
+         │                └──────^    │ connection lost │
+         └───── any failure, or cancel┴─────────────────┴─> guest runs on
 
 Until `Guest.commit` is called, everything that goes wrong leads back to a guest that runs as before with its dirty log
 off. From that call on nothing is cancelled any more, and only the destination's word decides.
@@ -18,6 +21,7 @@ import secrets
 import time
 from collections.abc import Iterable
 
+from amig import bitmap
 from amig.aio import to_its_end
 from amig.digest import KEY_BYTES
 from amig.errors import AmigError, ControlError, InDoubt, LinkLost
@@ -27,14 +31,16 @@ from amig.host.stock import in_use
 from amig.memory import WORD_PAGES
 from amig.policy import Convergence, Limits, Policy
 from amig.session import verify
-from amig.session.destination import Destination
+from amig.session.destination import Destination, OutOfPatience
 from amig.session.progress import ProgressMeter, Tell
-from amig.session.tasks import one_error
+from amig.session.reconnect import reconnect
+from amig.session.tasks import apart, one_error
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import SourcePipeline
+from amig.stages.resumption import Start
 from amig.stages.send import Throttle
 from amig.stats import MigrationStats
-from amig.wire.messages import Digests, End, Hello
+from amig.wire.messages import RESUME_FEATURE, Digests, End, Hello
 
 HASH_RATE = 1e9
 """Bytes a second that both sides hash at least, with ``verify`` full."""
@@ -82,11 +88,15 @@ class SourceSession:
         self._key = b"" if policy.verify == "off" else secrets.token_bytes(KEY_BYTES)
         self._digests = verify.digests(guest.info.memory.regions, self._key)
         self.verified = "none"
+        self.reconnects = 0
+        self._record_took = 0.0
+        self._impatient = False
+        """Whether the guest was paused in vain before, because the destination was not ready in time."""
 
     @property
     def can_cancel(self) -> bool:
         """Whether the guest can still be kept here."""
-        return self.state in (State.CONNECTING, State.MEMORY, State.SWITCHOVER)
+        return self.state in (State.CONNECTING, State.MEMORY, State.SWITCHOVER, State.RECONNECTING)
 
     async def run(self) -> None:
         """Do it all. Raises an `AmigError` with the guest running here, or `InDoubt`.
@@ -137,6 +147,9 @@ class SourceSession:
                 memory_used=min(in_use(self._guest.memory.fds().values()), info.memory.size),
                 amig=self._release,
                 features_required=verify.features(self._policy.verify),
+                features_optional=(RESUME_FEATURE,)
+                if self._policy.reconnect and not self._destination.no_return
+                else (),
                 digest_key=self._key,
             )
         )
@@ -144,13 +157,17 @@ class SourceSession:
             handover = Handover(migration=self._migration, destination=self._destination.address, peer=self.identity)
             began = time.monotonic()
             await self._guest.prepare(handover)
-            record = time.monotonic() - began
-            self._convergence.measured(round_trip=await self._destination.round_trip(), record=record)
-        sinks = self._destination.sinks(self._ledger.placed)
-        self._enter(State.MEMORY)
+            self._record_took = time.monotonic() - began
         async with asyncio.TaskGroup() as group:
-            listener = group.create_task(self._destination.listen())
             ticker = group.create_task(self._report())
+            await self._move()
+            ticker.cancel()
+
+    async def _move(self) -> None:
+        """Move the guest, over as many connections as it takes."""
+        start, sent = Start(began=time.monotonic()), None
+        while True:
+            sinks = self._destination.sinks(self._ledger.placed)
             pipeline = SourcePipeline(
                 self._guest,
                 sinks,
@@ -162,15 +179,64 @@ class SourceSession:
                 observer=self._meter,
                 on_pause=self._pausing,
                 digests=self._digests,
+                sent=sent,
+                start=start,
             )
+            self._enter(State.MEMORY)
+            try:
+                return await apart(self._attempt(pipeline))
+            except LinkLost as lost:
+                if self._ends_it(lost):
+                    raise
+                if self._paused.is_set():  # first of all: it may stand still for this
+                    await self._guest.resume()
+                    self._paused.clear()
+                self._enter(State.RECONNECTING, str(lost))
+                sent = pipeline.sent
+                start = await self._come_back(lost, start, pipeline)
+
+    async def _attempt(self, pipeline: SourcePipeline) -> None:
+        """Move the guest over the connections that there are."""
+        before = self.stats.pages_sent, self.stats.pages_zero
+        self._convergence.measured(round_trip=await self._destination.round_trip(), record=self._record_took)
+        async with asyncio.TaskGroup() as group:
+            listener = group.create_task(self._destination.listen())
+            watch = group.create_task(self._destination.keep_alive())
             patience = group.create_task(self._bound_pause())
             state = await pipeline.run()
-            await self._destination.finish(state, self._all_pages(), self._end(state))
+            await self._destination.finish(state, self._all_pages(), self._end(state, before))
             patience.cancel()
+            watch.cancel()
             self._have_verified()
             await self._hand_over()
             listener.cancel()
-            ticker.cancel()
+
+    def _ends_it(self, lost: LinkLost) -> bool:
+        """Whether this is the end of the migration, and not of a connection only."""
+        again = isinstance(lost, OutOfPatience) and self._impatient
+        self._impatient = self._impatient or isinstance(lost, OutOfPatience)
+        if not self._policy.reconnect or not self.can_cancel or again:
+            return True
+        if self._destination.no_return:
+            raise LinkLost(f"{lost}; it can't be reconnected: {self._destination.no_return}") from lost
+        return False
+
+    async def _come_back(self, lost: LinkLost, start: Start, pipeline: SourcePipeline) -> Start:
+        """Find the destination again, and have everything that it has not got sent again; the guest runs."""
+        # Above every number that was used, also for a round that had not ended.
+        round_ = max(self.stats.rounds, start.round) + 1
+        answer = await reconnect(
+            self._destination, lost, since=self._ledger.since, round_=round_, patience=self._policy.reconnect
+        )
+        first_pass = start.sparse and answer.rounds <= start.round
+        missing = self._ledger.resume(answer, round_, first_pass=first_pass)
+        for region, words in missing.items():
+            if pipeline.sent is not None:  # nobody knows which version of them the destination has
+                pipeline.sent.forget(region, bitmap.to_pages(words))
+            await self._guest.give_back(region, 0, words)
+        self.reconnects += 1
+        sparse = first_pass or pipeline.sparse
+        return Start(began=start.began, round=round_, sparse=sparse, known=self._ledger.known if sparse else {})
 
     async def _hand_over(self) -> None:
         if self._keep:
@@ -251,7 +317,7 @@ class SourceSession:
             expected += self._guest.info.memory.size / HASH_RATE
         limit = self._policy.handover_timeout + SLOW * expected
         await asyncio.sleep(limit)
-        raise LinkLost(
+        raise OutOfPatience(
             f"{self._destination.address} did not take the last pages of the paused guest within {limit:.3g} s "
             f"({expected:.3g} s were expected), so it runs on here (--handover-timeout waits longer)"
         )
@@ -270,11 +336,12 @@ class SourceSession:
         if state is State.COMPLETED:
             self._tell(self._meter.now(state))
 
-    def _end(self, state: bytes) -> End:
+    def _end(self, state: bytes, before: tuple[int, int]) -> End:
+        """Return END; ``before`` are the pages, and zero pages, of the connections before these."""
         return End(
             rounds=self.stats.rounds,
-            pages=self.stats.pages_sent,
-            zero_pages=self.stats.pages_zero,
+            pages=self.stats.pages_sent - before[0],
+            zero_pages=self.stats.pages_zero - before[1],
             state_bytes=len(state),
             state_digest=hashlib.blake2b(state, digest_size=32).digest(),
             memory_roots=b"" if self._digests is None else self._digests.roots(),

@@ -61,16 +61,18 @@ class StreamSource:
     other frames, and is None on the further connections, where none may come.
     """
 
-    def __init__(self, link: FramedConnection, memory: MemoryMap, control: Control | None = None) -> None:
+    def __init__(
+        self, link: FramedConnection, memory: MemoryMap, control: Control | None = None, *, first_round: int = 0
+    ) -> None:
         self._link = link
         self._memory = memory
         self._control = control
-        self._round = 0
+        self._round = first_round
         self._pages = 0
 
     @property
     def rounds(self) -> int:
-        """Rounds that have ended here."""
+        """Number of the round under way here."""
         return self._round
 
     async def receive(self, buffer: Pages, landing: Landing) -> Block | RoundEnd | None:
@@ -98,7 +100,11 @@ class StreamSource:
         if head.data_bytes:
             pieces = landing.land(head.round, head.region, head.first_page, frame.with_data) if not head.codec else None
             if pieces is not None:
-                await self._link.read_data(pieces)
+                try:
+                    await self._link.read_data(pieces)
+                except BaseException:
+                    landing.spoil(head.region, head.first_page, frame.with_data)
+                    raise
             else:
                 data = buffer.reshape(-1).data[: head.data_bytes]
                 await self._link.read_data(data)

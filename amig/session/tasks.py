@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
+from amig.aio import settle
 from amig.errors import AmigError, LinkLost
 from amig.stages.channel import BrokenChannel
+
+T = TypeVar("T")
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -42,3 +46,26 @@ def one_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise telling(group) from group
+
+
+async def apart(work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work`` in a task of its own, and raise its most telling error; cancelling it is waited for.
+
+    For work that may fail and be followed by more. A task group whose tasks fail cancels the task that it is in; until
+    Python 3.13 that may strike only after the group's end, when the next thing is awaited. And an error that comes
+    together with a cancellation from outside hides it. Here whoever is cancelled learns of it: `asyncio.CancelledError`
+    is raised, unless the work had gone on to an error that is not a lost connection.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await settle(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            told = telling(error)
+            if not isinstance(told, LinkLost | asyncio.CancelledError):
+                raise told from None
+        raise
+    with one_error():
+        return task.result()

@@ -31,6 +31,10 @@ class BufferPool:
         self._free.append(buffer)
         self._available.release()
 
+    def close(self) -> None:
+        """Let go of the buffers that nobody holds: who keeps the pipeline's error keeps the pipeline."""
+        self._free.clear()
+
     @property
     def free(self) -> int:
         """Buffers nobody holds."""

@@ -17,6 +17,7 @@ from amig.policy import Convergence, Policy, Verdict
 from amig.stages.channel import SendEnd
 from amig.stages.items import Extent, RoundEnd
 from amig.stages.ledger import Ledger
+from amig.stages.resumption import Start
 from amig.stats import MigrationStats
 
 Ranges = dict[int, bitmap.Index]
@@ -53,7 +54,10 @@ class DirtySync:
         stats: MigrationStats,
         observer: Observer,
         on_pause: Callable[[], None],
+        start: Start | None = None,
     ) -> None:
+        """``start``: where to go on after a lost connection; None: at the beginning."""
+        start = start or Start(began=time.monotonic())
         self._guest = guest
         self._out = extents
         self._policy = policy
@@ -62,14 +66,20 @@ class DirtySync:
         self._stats = stats
         self._observer = observer
         self._on_pause = on_pause
-        self._round = 0
-        self._started = time.monotonic()
-        self._round_began = self._started
+        self._round = start.round
+        self._started = start.began
+        self._round_began = time.monotonic()
         self._planned = 0
-        self._sparse = True
+        self._sparse = start.sparse
+        self._known = start.known
         self._paused = False
         self.state = b""
         """Device and vCPU state, once the run is over."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether no round has taken every hole's bit yet."""
+        return self._sparse
 
     async def run(self) -> None:
         """Send all memory until the guest is paused and nothing is left. Raises `NotConverging`."""
@@ -178,6 +188,8 @@ class DirtySync:
         present = bitmap.zeros(pages)
         for first, count in self._guest.memory.data_ranges(region, 0, pages):
             bitmap.set_range(present, first, count)
+        if region in self._known:
+            present |= self._known[region]
         return present
 
     def _plan(self, region: int, words: Words, present: Words | None) -> bitmap.Index:

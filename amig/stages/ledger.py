@@ -10,6 +10,7 @@ import numpy as np
 from amig import bitmap
 from amig.errors import PeerError
 from amig.memory import WORD_PAGES, Region, Words
+from amig.stages.resumption import Answer, PagesByRegion
 
 
 class Ledger:
@@ -25,6 +26,8 @@ class Ledger:
         self._open: dict[int, dict[int, Words]] = {}
         self._taken: set[int] = set()
         self._placed = -1
+        self._since = 0
+        self._heard: dict[int, Words] = {}
         self._changed = asyncio.Event()
 
     def take(self, round_: int, region: int, first: int, words: Words) -> int:
@@ -61,6 +64,47 @@ class Ledger:
             for region, words in regions.items():
                 lost[region] = lost[region] | words if region in lost else words.copy()
         return lost
+
+    @property
+    def since(self) -> int:
+        """The round with which this began, or went on after the last `resume`."""
+        return self._since
+
+    def resume(self, answer: Answer, round_: int, *, first_pass: bool) -> PagesByRegion:
+        """The connection was lost, and the destination has said what it has; rounds go on with ``round_``.
+
+        Returns the pages in flight that it does not have: they must be sent again. ``first_pass``: the first pass over
+        memory is not over. Raises `PeerError` for an answer that can't be.
+        """
+        last = answer.rounds - 1
+        if last < self._placed or (answer.rounds != self._since and last not in self._taken):
+            raise PeerError(f"the peer says that it has placed all rounds before round {answer.rounds}")
+        flight = self._open.get(answer.rounds, {})
+        for region, held in answer.held.items():
+            mine = flight.get(region)
+            if bitmap.any_set(held if mine is None else held & ~mine):
+                raise PeerError(f"the peer says that it has pages of round {answer.rounds} that were not sent")
+        for done in [r for r in self._open if r <= last]:
+            del self._open[done]
+        for region, held in answer.held.items():
+            if region in flight:
+                flight[region] &= ~held
+            self._heard[region] = self._heard[region] | held if region in self._heard else held.copy()
+        missing = self.in_flight()
+        if first_pass:  # what was not heard of was never there: neither sent before, nor to be overwritten
+            for region, words in missing.items():
+                self._ever[region] &= ~words | self._heard.get(region, np.uint64(0))
+        self._open.clear()
+        self._taken.clear()
+        self._since = round_
+        self._placed = round_ - 1
+        self._notify()
+        return missing
+
+    @property
+    def known(self) -> PagesByRegion:
+        """Pages of which the destination may have content, when nothing is in flight."""
+        return self._ever
 
     async def wait_taken(self, round_: int) -> None:
         """Wait until every extent of the round has been taken."""

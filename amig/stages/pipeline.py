@@ -27,6 +27,7 @@ from amig.stages.items import BLOCK_PAGES, Block, Chunk, Extent, RoundEnd
 from amig.stages.ledger import Ledger
 from amig.stages.place import Place
 from amig.stages.receive import BlockSource, Receive
+from amig.stages.resumption import Placement, Start
 from amig.stages.send import BlockSink, Send, Throttle
 from amig.stats import MigrationStats
 
@@ -53,8 +54,13 @@ class SourcePipeline:
         observer: Observer,
         on_pause: Callable[[], None],
         digests: PageDigests | None = None,
+        sent: SentPages | None = None,
+        start: Start | None = None,
     ) -> None:
-        """``digests`` takes those of all pages sent; None: nobody wants them."""
+        """``digests`` takes those of all pages sent; None: nobody wants them.
+
+        ``start``: where to go on after a lost connection, with ``sent``, the delta cache of the pipeline before.
+        """
         extents_in: SendEnd[Extent | RoundEnd]
         extents: ReceiveEnd[Extent | RoundEnd]
         chunks_in: SendEnd[Chunk | RoundEnd]
@@ -66,9 +72,11 @@ class SourcePipeline:
         live = all(sink.live for sink in sinks)
         # A live block is read only when it is sent: one waits while another is on its way, and no more.
         blocks_in, blocks = channel(len(sinks) * BLOCK_BYTES if live else QUEUED_BYTES)
-        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
+        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
         choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
-        sent = SentPages(guest.info.memory.regions, policy.delta_cache) if policy.delta_cache else None
+        if sent is None and policy.delta_cache:
+            sent = SentPages(guest.info.memory.regions, policy.delta_cache)
+        self.sent = sent
         self._sync = DirtySync(
             guest,
             extents_in,
@@ -78,6 +86,7 @@ class SourcePipeline:
             stats=stats,
             observer=observer,
             on_pause=on_pause,
+            start=start,
         )
         self._clear = ClearLog(guest, extents, chunks_in, ledger=ledger, stats=stats)
         self._compress = Compress(
@@ -95,11 +104,19 @@ class SourcePipeline:
         )
         self._send = Send(blocks, sinks, throttle=throttle, pool=pool, stats=stats)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether no round has taken every hole's bit yet."""
+        return self._sync.sparse
+
     async def run(self) -> bytes:
         """Send all memory; returns device and vCPU state of the guest, which is paused then."""
-        async with asyncio.TaskGroup() as group:
-            for stage in (self._send, self._compress, self._clear, self._sync):
-                group.create_task(stage.run(), name=type(stage).__name__)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in (self._send, self._compress, self._clear, self._sync):
+                    group.create_task(stage.run(), name=type(stage).__name__)
+        finally:
+            self._pool.close()
         return self._sync.state
 
 
@@ -115,21 +132,34 @@ class DestinationPipeline:
         workers: int,
         on_round: Callable[[int], Awaitable[None]],
         digests: PageDigests | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        """``digests`` takes those of all pages placed; None: nobody wants them."""
+        """``digests`` takes those of all pages placed; None: nobody wants them.
+
+        With a ``placement`` that remembers, a lost connection is no error: what came before it is placed, see `lost`.
+        """
+        keeps = placement is not None and placement.current is not None
         blocks_in: SendEnd[Block | RoundEnd]
         blocks: ReceiveEnd[Block | RoundEnd]
         pages_in: SendEnd[Block | RoundEnd]
         pages: ReceiveEnd[Block | RoundEnd]
         blocks_in, blocks = channel(QUEUED_BYTES)
         pages_in, pages = channel(2 * BLOCK_BYTES)
-        pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
-        self.place = Place(guest, regions, pages, pool=pool, on_round=on_round, digests=digests)
-        self._receive = Receive(sources, blocks_in, pool=pool, landing=self.place)
+        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sources) + 2 * workers + 4)
+        self.place = Place(guest, regions, pages, pool=pool, on_round=on_round, digests=digests, placement=placement)
+        self._receive = Receive(sources, blocks_in, pool=pool, landing=self.place, keeps=keeps)
         self._decompress = Decompress(blocks, pages_in, workers=workers)
 
+    @property
+    def lost(self) -> str:
+        """Why the end came before everything had been received; empty when it did not."""
+        return self._receive.lost
+
     async def run(self) -> None:
-        """Receive and place until the first connection says that everything has been sent."""
-        async with asyncio.TaskGroup() as group:
-            for stage in (self._receive, self._decompress, self.place):
-                group.create_task(stage.run(), name=type(stage).__name__)
+        """Receive and place until the first connection says that everything has been sent, or one is `lost`."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in (self._receive, self._decompress, self.place):
+                    group.create_task(stage.run(), name=type(stage).__name__)
+        finally:
+            self._pool.close()

@@ -16,6 +16,7 @@ from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd
 from amig.stages.gather import is_run, runs
 from amig.stages.items import Block, Codec, PageIndex, RoundEnd
+from amig.stages.resumption import Placement
 
 MAX_POPULATED = 16
 """Runs of fresh pages in a block up to which they are backed by one call each before their data comes."""
@@ -37,17 +38,21 @@ class Place:
         pool: BufferPool,
         on_round: Callable[[int], Awaitable[None]],
         digests: PageDigests | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        """``on_round`` is awaited when every page of a round is in place."""
+        """``on_round`` is awaited when every page of a round is in place; ``placement`` outlives this object."""
+        placement = placement or Placement(regions)
         self._guest = guest
         self._in = pages
         self._pool = pool
         self._on_round = on_round
         self._digests = digests
         self._memory: Mapping[int, Pages] = {region.id: guest.pages(region.id) for region in regions}
-        self._placed: Mapping[int, Words] = {region.id: bitmap.zeros(region.pages) for region in regions}
+        self._placement = placement
+        self._placed: Mapping[int, Words] = placement.content
+        self._current = placement.current
         self._ahead = BackingAhead(regions, guest.populate)
-        self._rounds = 0
+        self._rounds = placement.rounds
         self.pages_placed = 0
         self.pages_zero = 0
 
@@ -59,13 +64,27 @@ class Place:
                     if item.round == 0:
                         await self._give_back()
                     self._rounds = item.round + 1
+                    self._placement.end_round(item.round)
                     await self._on_round(item.round)
                     continue
                 self._place(item)
                 if item.buffer is not None:
                     self._pool.release(item.buffer)
+            if self._rounds == 0:  # the connection was lost before the first round's end
+                await self._give_back()
         finally:
             self._ahead.close()
+
+    def spoil(self, region: int, first: int, landed: Words) -> None:
+        """See `amig.stages.receive.Landing`: what did not land whole must never be taken for what was sent."""
+        if self._current is None:
+            return
+        fresh = landed & ~self._placed[region][first // WORD_PAGES : first // WORD_PAGES + len(landed)]
+        for start, end in runs(bitmap.to_pages(fresh, first)):
+            self._guest.punch(region, start, end - start)  # as if nothing had come: a hole need not be sent again
+        older = bitmap.to_pages(landed & ~fresh, first)
+        if len(older) and self._digests is not None:
+            self._digests.hash(region, self._memory[region], older)
 
     def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """See `amig.stages.receive.Landing`: yes, once nothing of an older round waits to be placed over it."""
@@ -113,6 +132,8 @@ class Place:
             placed |= fresh
             if block.data is not None or self._digests is not None:
                 self._fill(block, memory, bitmap.to_pages(fresh, block.first) if block.index is None else block.index)
+        if self._current is not None:
+            self._current[block.region][at] |= block.pages
         self.pages_placed += block.data_pages
         self.pages_zero += block.zero_pages
 

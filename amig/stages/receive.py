@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+from amig.errors import LinkLost
 from amig.memory import Pages, Words
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
@@ -18,6 +19,9 @@ class Landing(Protocol):
 
     def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """Return the guest memory of the pages whose bits are set, bit 0 being page ``first``; None for "not now"."""
+
+    def spoil(self, region: int, first: int, landed: Words) -> None:
+        """Take note that such content has been written, in part or whole, and will never be placed."""
 
 
 class BlockSource(Protocol):
@@ -46,7 +50,12 @@ class Receive:
         *,
         pool: BufferPool,
         landing: Landing,
+        keeps: bool = False,
     ) -> None:
+        """``keeps``: a lost connection is no error but the end: what came before is passed on, see `lost`."""
+        self._keeps = keeps
+        self.lost = ""
+        """Why it ended before everything had been received; the error itself would hold on to all of its frames."""
         self._landing = landing
         self._sources = sources
         self._out = blocks
@@ -55,7 +64,16 @@ class Receive:
 
     async def run(self) -> None:
         """Receive until the first connection says that everything has been sent."""
-        async with self._out, asyncio.TaskGroup() as group:
+        async with self._out:
+            try:
+                await self._receive()
+            except* LinkLost as group:
+                if not self._keeps:
+                    raise
+                self.lost = str(_first(group))
+
+    async def _receive(self) -> None:
+        async with asyncio.TaskGroup() as group:
             others = [group.create_task(self._drain(source)) for source in self._sources[1:]]
             await self._drain(self._sources[0])
             for other in others:
@@ -71,8 +89,21 @@ class Receive:
                         await self._out.send(item, 0)
                     await self._barrier.wait()
                 else:
-                    await self._out.send(item, item.size)
+                    try:
+                        await self._out.send(item, item.size)
+                    except BaseException:
+                        if item.data is None and item.data_pages:
+                            self._landing.spoil(item.region, item.first, item.pages & ~item.zero)
+                        raise
                     if item.buffer is not None:
                         buffer = await self._pool.acquire()
         finally:
             self._pool.release(buffer)
+
+
+def _first(group: BaseExceptionGroup[LinkLost]) -> LinkLost:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LinkLost)  # noqa: S101 - there is nothing else in the group
+    return error

@@ -46,3 +46,9 @@ class FrameType(enum.IntEnum):
     """Source, on a connection of its own after a lost one: what became of that migration?"""
     DIGESTS = 22
     """Source, stream 0: digests of all pages, when memory is hashed again on both sides."""
+    RESUME = 23
+    """Source, first frame of a connection after a lost one: the migration goes on here."""
+    RESUMED = 24
+    """Destination: agreed; all rounds before this one are in place, and what HELD named of it."""
+    HELD = 25
+    """Destination, before RESUMED: pages that are in place of the round that was under way."""

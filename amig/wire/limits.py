@@ -79,3 +79,6 @@ MAX_ROOT_BYTES: Final = 8 * digest.MAX_ROOTS
 
 MAX_PAGE_DIGESTS: Final = 4096
 """Pages in a DIGESTS message."""
+
+MAX_HELD_BYTES: Final = 32 * KIB
+"""Bytes of the bitmap in a HELD message: 1 GiB of guest memory."""

@@ -30,6 +30,8 @@ DIGESTS_FEATURE: Final = "digests"
 """Feature: HELLO has a key, END the roots of all page digests, and the destination compares them."""
 FULL_FEATURE: Final = "digests-full"
 """Feature: DIGESTS of all pages come before END, and the destination compares them with its memory."""
+RESUME_FEATURE: Final = "resume"
+"""Feature: when the connection is lost both sides keep what they have, and the source comes back with RESUME."""
 
 VERIFY_FAILED: Final = "verify"
 """Code of an ABORT whose reason is that what arrived is not what was sent."""
@@ -44,6 +46,7 @@ Digest = Annotated[bytes, Meta(max_length=limits.MAX_DIGEST)]
 DigestKey = Annotated[bytes, Meta(max_length=KEY_BYTES)]
 Roots = Annotated[bytes, Meta(max_length=limits.MAX_ROOT_BYTES)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=limits.MAX_TOKEN)]
+HeldBits = Annotated[bytes, Meta(min_length=8, max_length=limits.MAX_HELD_BYTES)]
 
 
 def plain(text: str) -> str:
@@ -142,8 +145,9 @@ class End(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything has been sent; the counts and digests are over all connections."""
 
     rounds: Annotated[int, Meta(ge=0, le=limits.MAX_ROUND + 1)]
+    """The last round's number plus one."""
     pages: Count
-    """Pages sent with data, those sent again counted again."""
+    """Pages sent with data since WELCOME or the last RESUMED, those sent again counted again."""
     zero_pages: Count
     state_bytes: Annotated[int, Meta(ge=0, le=limits.MAX_STATE)]
     state_digest: Digest
@@ -224,6 +228,40 @@ class Query(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     migration: MigrationId
 
 
+class Resume(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The connection was lost; this is the source again. Only with the feature `RESUME_FEATURE`."""
+
+    migration: MigrationId
+    token: Token
+    """WELCOME's, on every return."""
+    since: RoundNumber
+    """The round with which the source began after the last RESUMED that has reached it; 0 if none has."""
+    round: RoundNumber
+    """The round with which it will go on; a number that it has not used yet."""
+
+
+class Held(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Pages in place of the round that was under way; one message for each range that has some, in order."""
+
+    region: Annotated[int, Meta(ge=0, le=limits.MAX_REGION_ID)]
+    first: Count
+    """Page of bit 0; a multiple of 64."""
+    pages: HeldBits
+    """Little-endian 64-bit words, one bit a page."""
+
+
+class Resumed(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every page of the rounds before ``rounds`` is in guest memory, and those of round ``rounds`` that HELD named.
+
+    Nothing else that was sent is; what comes now begins with the round that RESUME said.
+    """
+
+    migration: MigrationId
+    rounds: RoundNumber
+    token: Token
+    """What the further connections of this return show, instead of WELCOME's."""
+
+
 _TYPES: Final[Mapping[type[Message], FrameType]] = {
     Hello: FrameType.HELLO,
     Welcome: FrameType.WELCOME,
@@ -242,6 +280,9 @@ _TYPES: Final[Mapping[type[Message], FrameType]] = {
     Ping: FrameType.PING,
     Pong: FrameType.PONG,
     Query: FrameType.QUERY,
+    Resume: FrameType.RESUME,
+    Held: FrameType.HELD,
+    Resumed: FrameType.RESUMED,
 }
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODERS: Final = {kind: msgspec.msgpack.Decoder(cls) for cls, kind in _TYPES.items()}

@@ -3,8 +3,11 @@
 `SOURCE` and `DESTINATION` say which frames may be sent and received in each state and which state follows; `LOST` says
 what a lost connection means there. A frame that the table does not name is an error: `LocalProtocolError` when we were
 about to send it, `PeerError` when the peer did. One object stands for one connection: stream 0 of a migration, a
-further stream (JOIN), or a question about an old migration (QUERY); a snapshot file has tables of its own, since it
-never answers.
+further stream (JOIN), a return after a lost one (RESUME), or a question about an old migration (QUERY); a snapshot file
+has tables of its own, since it never answers.
+
+A connection that is lost before COMMIT is over in any case. Whether the *migration* is, is not a matter of one
+connection: with the feature ``resume`` it may go on over another, which begins with RESUME.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ class SourceState(enum.StrEnum):
 
     IDLE = "idle"
     HELLO_SENT = "hello-sent"
+    RESUMING = "resuming"
+    """RESUME is sent: the guest runs; what the destination has is being told."""
     MEMORY = "memory"
     """The guest runs and its pages are being sent."""
     SWITCHOVER = "switchover"
@@ -75,6 +80,7 @@ class DestinationState(enum.StrEnum):
 
     IDLE = "idle"
     HELLO_RECEIVED = "hello-received"
+    RESUMING = "resuming"
     MEMORY = "memory"
     SWITCHOVER = "switchover"
     END_RECEIVED = "end-received"
@@ -130,7 +136,10 @@ def _pings(state: S) -> dict[Event, S]:
 
 _S = SourceState
 SOURCE: Final[Table[SourceState]] = {
-    _S.IDLE: _send(_S.HELLO_SENT, F.HELLO) | _send(_S.JOINING, F.JOIN) | _send(_S.ASKED, F.QUERY),
+    _S.IDLE: _send(_S.HELLO_SENT, F.HELLO)
+    | _send(_S.JOINING, F.JOIN)
+    | _send(_S.ASKED, F.QUERY)
+    | _send(_S.RESUMING, F.RESUME),
     _S.HELLO_SENT: _receive(_S.MEMORY, F.WELCOME)
     | _receive(_S.REFUSED, F.REFUSE)
     | _send(_S.ABORTED, F.ABORT)
@@ -160,11 +169,16 @@ SOURCE: Final[Table[SourceState]] = {
     _S.DONE: _pings(_S.DONE),
     _S.RETURNED: _send(_S.RETURNED, F.PING) | _receive(_S.RETURNED, F.PING, F.PONG),
     _S.REFUSED: {},
-    _S.ABORTED: _receive(_S.ABORTED, F.WELCOME, F.REFUSE, F.PLACED, F.PREPARED, F.DISCARDED, F.ABORT, F.PING, F.PONG),
+    _S.ABORTED: _receive(_S.ABORTED, F.WELCOME, F.REFUSE, F.PLACED, F.PREPARED, F.DISCARDED, F.ABORT, F.PING, F.PONG)
+    | _receive(_S.ABORTED, F.HELD, F.RESUMED),
     _S.IN_DOUBT: {},
     _S.JOINING: _receive(_S.STREAM, F.JOINED) | _receive(_S.REFUSED, F.REFUSE),
     _S.STREAM: _send(_S.STREAM, F.BLOCK, F.ROUND),
     _S.ASKED: _receive(_S.DONE, F.RUNNING) | _receive(_S.RETURNED, F.DISCARDED) | _receive(_S.REFUSED, F.REFUSE),
+    _S.RESUMING: _receive(_S.RESUMING, F.HELD)
+    | _receive(_S.MEMORY, F.RESUMED)
+    | _receive(_S.REFUSED, F.REFUSE)
+    | _send(_S.ABORTED, F.ABORT),
     _S.LOST: {},
 }
 
@@ -184,6 +198,7 @@ SOURCE_LOST: Final[Mapping[SourceState, SourceState]] = {
     _S.JOINING: _S.LOST,
     _S.STREAM: _S.LOST,
     _S.ASKED: _S.IN_DOUBT,
+    _S.RESUMING: _S.ABORTED,
     _S.LOST: _S.LOST,
 }
 
@@ -192,6 +207,7 @@ DESTINATION: Final[Table[DestinationState]] = {
     _D.IDLE: _receive(_D.HELLO_RECEIVED, F.HELLO)
     | _receive(_D.JOINING, F.JOIN)
     | _receive(_D.ASKED, F.QUERY)
+    | _receive(_D.RESUMING, F.RESUME)
     | _send(_D.REFUSED, F.REFUSE),
     _D.HELLO_RECEIVED: _send(_D.MEMORY, F.WELCOME)
     | _send(_D.REFUSED, F.REFUSE)
@@ -227,6 +243,10 @@ DESTINATION: Final[Table[DestinationState]] = {
     _D.JOINING: _send(_D.STREAM, F.JOINED) | _send(_D.REFUSED, F.REFUSE),
     _D.STREAM: _receive(_D.STREAM, F.BLOCK, F.ROUND),
     _D.ASKED: _send(_D.DONE, F.RUNNING) | _send(_D.DISCARDED, F.DISCARDED) | _send(_D.REFUSED, F.REFUSE),
+    _D.RESUMING: _send(_D.RESUMING, F.HELD)
+    | _send(_D.MEMORY, F.RESUMED)
+    | _send(_D.REFUSED, F.REFUSE)
+    | _receive(_D.ABORTED, F.ABORT),
     _D.LOST: {},
 }
 
@@ -246,6 +266,7 @@ DESTINATION_LOST: Final[Mapping[DestinationState, DestinationState]] = {
     _D.JOINING: _D.LOST,
     _D.STREAM: _D.LOST,
     _D.ASKED: _D.LOST,
+    _D.RESUMING: _D.ABORTED,
     _D.LOST: _D.LOST,
 }
 

@@ -76,6 +76,12 @@ SCENARIO_OF: Final[dict[Send, str]] = {
         "state-does-not-fit": destination(D.END_RECEIVED, F.ABORT),
         "commit-comes-late": destination(D.PREPARED, F.DISCARDED),
         "commit-fails-there": destination(D.COMMITTED, F.DISCARDED),
+        "come-back": source(S.IDLE, F.RESUME) + destination(D.RESUMING, F.HELD, F.RESUMED),
+        "come-back-too-late": destination(D.RESUMING, F.REFUSE),
+        "cancelled-coming-back": source(S.RESUMING, F.ABORT),
+        "idle": source(S.MEMORY, F.PONG) + destination(D.MEMORY, F.PING),
+        "idle-in-switchover": source(S.SWITCHOVER, F.PING, F.PONG) + destination(D.SWITCHOVER, F.PING, F.PONG),
+        "idle-until-end": source(S.WAIT_PREPARED, F.PONG),
         "asked-running": source(S.IDLE, F.QUERY) + destination(D.ASKED, F.RUNNING),
         "asked-discarded": source(S.RETURNED, F.PING) + destination(D.ASKED, F.DISCARDED),
         "asked-unknown": destination(D.ASKED, F.REFUSE),
@@ -83,29 +89,35 @@ SCENARIO_OF: Final[dict[Send, str]] = {
     for send in group
 }
 
-_PING = "PING measures the round trip before memory, and confirms an answer; nobody pings at other times"
+_PING = "PING measures the round trip before memory, keeps alive until END, and confirms an answer; never else"
+CROSSED = "sent in switchover, before END was read there: the relay may see it after END"
 _LAST = "device state is the last thing sent before END, when all pages have gone"
 NEVER: Final[dict[Send, str]] = {
     send: why
     for why, group in {
         _PING: source(S.HELLO_SENT, F.PING, F.PONG)
-        + source(S.MEMORY, F.PONG)
-        + source(S.SWITCHOVER, F.PING, F.PONG)
-        + source(S.WAIT_PREPARED, F.PING, F.PONG)
+        + source(S.WAIT_PREPARED, F.PING)
         + source(S.PREPARED, F.PING, F.PONG)
         + source(S.COMMITTED, F.PING, F.PONG)
         + source(S.DONE, F.PONG)
         + destination(D.HELLO_RECEIVED, F.PING, F.PONG)
-        + destination(D.MEMORY, F.PING)
-        + destination(D.SWITCHOVER, F.PING, F.PONG)
-        + destination(D.END_RECEIVED, F.PING, F.PONG)
         + destination(D.PREPARED, F.PING, F.PONG)
         + destination(D.COMMITTED, F.PING, F.PONG)
         + destination(D.DONE, F.PING, F.PONG),
+        CROSSED: destination(D.END_RECEIVED, F.PING, F.PONG),
         _LAST: source(S.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND),
         "a frame is read before it is refused": destination(D.IDLE, F.REFUSE),
     }.items()
     for send in group
+}
+
+
+ANEW: Final = "anew-"
+"""Before a scenario's name: the same, but a connection that is lost is made anew."""
+
+_GOES_ON: Final = {
+    "source": (S.MEMORY, S.SWITCHOVER, S.JOINING, S.STREAM),
+    "destination": (D.MEMORY, D.SWITCHOVER, D.JOINING, D.STREAM),
 }
 
 
@@ -172,6 +184,28 @@ def one_each() -> list[Case]:
     return cases
 
 
+def anew_cases() -> list[Case]:
+    """Return what happens to connections that can be made anew: every frame of memory and switchover, every way."""
+    return [
+        Case(send, action, position, ANEW + scenario)
+        for send, scenario in SCENARIO_OF.items()
+        if scenario in ("move", "streams", "hashed-again") and send.state in _GOES_ON[send.side]
+        for action in Action
+        for position in POSITIONS.get(action, tuple(Position))
+    ]
+
+
+def goes_on(case: Case) -> bool:
+    """Whether the guest must have moved after this.
+
+    Not with a connection that was lost before both sides had agreed, or when the destination has everything and begins
+    to load it, or may have, for all that the source knows.
+    """
+    agreed = case.send.state not in (S.JOINING, D.JOINING)
+    ended = case.send.type is F.END and case.position is Position.AFTER
+    return case.scenario.startswith(ANEW) and agreed and not ended
+
+
 def random_cases(seed: int, count: int) -> list[Case]:
     """Return cases at later frames of a kind, too."""
     dice = random.Random(seed)
@@ -180,6 +214,8 @@ def random_cases(seed: int, count: int) -> list[Case]:
     for _ in range(count):
         send, scenario = dice.choice(found)
         repeats = send.type in (F.BLOCK, F.ROUND, F.PLACED) and scenario in ("move", "streams")
+        if scenario in ("move", "streams") and dice.randrange(2):
+            scenario = ANEW + scenario
         action = dice.choice(list(Action))
         cases.append(Case(send, action, dice.choice(list(Position)), scenario, dice.randrange(3) if repeats else 0))
     return cases

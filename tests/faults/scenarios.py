@@ -11,13 +11,15 @@ import pytest
 
 from amig.host.handover import Records
 from amig.session import inbound, peer
+from amig.session.inbound import Phase
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType as F
 from amig.wire.messages import Join, Message, Prepared
 from amig.wire.states import DestinationState, SourceState
-from tests.faults.cases import Action, Case, Position, Send
+from tests.faults.cases import ANEW, Action, Case, Position, Send
 from tests.faults.relay import Relay
 from tests.faults.world import PATIENCE, World
+from tests.moving import until
 
 Scenario = Callable[[World, pytest.MonkeyPatch], Awaitable[None]]
 S, D = SourceState, DestinationState
@@ -34,6 +36,9 @@ def at_destination(state: DestinationState, kind: F) -> Send:
 FIRST_FAULT: dict[str, Case] = {
     "asked-running": Case(at_destination(D.COMMITTED, F.RUNNING), Action.CUT, Position.BEFORE, "asked-running"),
     "asked-discarded": Case(at_source(S.PREPARED, F.COMMIT), Action.CUT, Position.BEFORE, "asked-discarded"),
+    "come-back": Case(at_source(S.MEMORY, F.BLOCK), Action.CUT, Position.AFTER, "come-back", 2),
+    "come-back-too-late": Case(at_source(S.MEMORY, F.BLOCK), Action.CUT, Position.AFTER, "come-back-too-late", 2),
+    "cancelled-coming-back": Case(at_source(S.MEMORY, F.BLOCK), Action.CUT, Position.AFTER, "cancelled-coming-back", 2),
     "asked-unknown": Case(at_destination(D.COMMITTED, F.RUNNING), Action.CUT, Position.BEFORE, "asked-unknown"),
 }
 """The fault that a scenario itself begins with."""
@@ -160,6 +165,71 @@ async def commit_comes_late(here: World, patch: pytest.MonkeyPatch) -> None:
     here.relay.on(at_source(S.PREPARED, F.COMMIT), wait)
 
 
+async def come_back(here: World, patch: pytest.MonkeyPatch) -> None:
+    """A connection that is lost is made anew."""
+    here.reconnects()
+
+
+async def come_back_too_late(here: World, patch: pytest.MonkeyPatch) -> None:
+    """The destination has thrown away what came when the source is back."""
+    here.reconnects(keep=0.05)
+
+    async def wait() -> None:
+        await until(lambda: Phase.DISCARDED in here.phases, "the destination has lost patience")
+
+    here.relay.on(at_source(S.IDLE, F.RESUME), wait)
+
+
+async def cancelled_coming_back(here: World, patch: pytest.MonkeyPatch) -> None:
+    """The operator cancels when the destination is about to say what it has."""
+    here.reconnects()
+    here.relay.on(at_destination(D.RESUMING, F.HELD), here.cancel)
+
+
+def anew(scenario: Scenario) -> Scenario:
+    """The same, but a connection that is lost is made anew."""
+
+    async def again(here: World, patch: pytest.MonkeyPatch) -> None:
+        await scenario(here, patch)
+        here.reconnects()
+
+    return again
+
+
+async def idle(here: World, patch: pytest.MonkeyPatch) -> None:
+    """No page comes for so long that the destination asks whether the source is still there."""
+    here.pings()
+
+    async def wait() -> None:
+        await here.relay.saw(at_destination(D.MEMORY, F.PING), PATIENCE)
+
+    here.relay.on(at_source(S.MEMORY, F.BLOCK), wait)
+
+
+async def idle_in_switchover(here: World, patch: pytest.MonkeyPatch) -> None:
+    """Both ask between STATE and END."""
+    here.pings()
+    send_state = FramedConnection.send_state
+
+    async def slow(self: FramedConnection, content: bytes) -> int:
+        size = await send_state(self, content)
+        for send in (at_source(S.SWITCHOVER, F.PONG), at_destination(D.SWITCHOVER, F.PONG)):
+            await here.relay.saw(send, PATIENCE / 2)
+        return size
+
+    patch.setattr(peer.FramedConnection, "send_state", slow)
+
+
+async def idle_until_end(here: World, patch: pytest.MonkeyPatch) -> None:
+    """The destination's question comes when END has gone out."""
+    await idle_in_switchover(here, patch)
+
+    async def wait() -> None:
+        await here.relay.saw(at_source(S.SWITCHOVER, F.END))
+
+    here.relay.on(at_destination(D.SWITCHOVER, F.PING), wait)
+
+
 async def asked_unknown(here: World, patch: pytest.MonkeyPatch) -> None:
     """The destination has lost its records when it is asked."""
     here.operator_decides = True
@@ -189,7 +259,14 @@ SCENARIOS: dict[str, Scenario] = {
     "state-does-not-fit": fails("load"),
     "commit-comes-late": commit_comes_late,
     "commit-fails-there": fails("commit"),
+    "come-back": come_back,
+    "come-back-too-late": come_back_too_late,
+    "cancelled-coming-back": cancelled_coming_back,
+    "idle": idle,
+    "idle-in-switchover": idle_in_switchover,
+    "idle-until-end": idle_until_end,
     "asked-running": move,
     "asked-discarded": move,
     "asked-unknown": asked_unknown,
 }
+SCENARIOS |= {ANEW + name: anew(SCENARIOS[name]) for name in ("move", "streams", "hashed-again")}

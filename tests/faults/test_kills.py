@@ -22,7 +22,7 @@ from amig.host.attach import open_control
 from amig.host.record import state_dir
 from tests.commands import Process, Said, homes, process
 from tests.conftest import kvm_problem
-from tests.faults.cases import SCENARIO_OF, D, F, Position, S, Send, destination, source
+from tests.faults.cases import SCENARIO_OF, Action, Case, D, F, Position, S, Send, destination, source
 from tests.faults.relay import Relay
 
 __all__ = ["homes"]
@@ -60,6 +60,18 @@ def all_kills() -> list[Kill]:
     ]
 
 
+def kills_coming_back() -> list[Kill]:
+    """While a connection that was lost is made anew: one side has gone, the other waits for it."""
+    sends = [send for send, scenario in SCENARIO_OF.items() if scenario == "come-back"]
+    return [
+        Kill(victim, send, position)
+        for send in sends
+        for victim in Victim
+        for position in (Position.BEFORE, Position.AFTER)
+    ]
+
+
+LOST = Case(*source(S.MEMORY, F.BLOCK), Action.CUT, Position.AFTER, "come-back", 4)
 FEW = [
     Kill(Victim.MIGRATOR, *source(S.PREPARED, F.COMMIT), Position.AFTER),
     Kill(Victim.SOURCE, *destination(D.COMMITTED, F.RUNNING), Position.BEFORE),
@@ -85,7 +97,8 @@ class Machines:
         return await self.start("run", "a", *GUEST, "--json")
 
     async def receive(self) -> Process:
-        return await self.start("receive", f"tcp://127.0.0.1:{self._port}", "--name", "b", "--json")
+        where = f"tcp://127.0.0.1:{self._port}"
+        return await self.start("receive", where, "--name", "b", "--json", "--keep", "3s")
 
     async def both(self) -> tuple[str, str]:
         """What the two guests do; never both run."""
@@ -120,9 +133,9 @@ async def ended(one: Process) -> Said:
 
 
 @asynccontextmanager
-async def machines() -> AsyncIterator[Machines]:
+async def machines(*faults: Case) -> AsyncIterator[Machines]:
     with ExitStack() as stack:
-        relay = Relay(("127.0.0.1", 0))
+        relay = Relay(("127.0.0.1", 0), *faults)
         here = Machines(relay, stack, 0)
         here.source, here.destination = await asyncio.gather(here.run(), here.receive())
         await asyncio.to_thread(here.source.until, '"running"')
@@ -133,8 +146,9 @@ async def machines() -> AsyncIterator[Machines]:
             yield here
 
 
-async def survives(kill: Kill) -> None:
-    async with machines() as here:
+async def survives(kill: Kill, *faults: Case) -> None:
+    """Play it, with a connection that is lost, and made anew, first, where ``faults`` say so."""
+    async with machines(*faults) as here:
         killed = asyncio.Event()
 
         async def strike() -> None:
@@ -146,7 +160,7 @@ async def survives(kill: Kill) -> None:
         here.relay.on(kill.send, strike, after=kill.position is Position.AFTER)
         here.migrator = await here.start(
             *("migrate", "a", here.relay.address, "--downtime", "2s", "--json"),
-            *("--connect-timeout", "2s", "--handover-timeout", "2s"),
+            *("--connect-timeout", "2s", "--handover-timeout", "2s", "--reconnect", "2s" if faults else "0s"),
         )
         said = await ended(here.migrator)
         assert killed.is_set(), f"the frame never came: {said}"
@@ -157,8 +171,11 @@ async def survives(kill: Kill) -> None:
         for name, how in zip("ab", states, strict=True):
             if how == "running":
                 await intact(here, name)
-        left = {path.suffix for path in (state_dir() / "handover").glob("*")}
-        assert ".arriving" not in left
+
+        async def nothing_arrives() -> bool:
+            return ".arriving" not in {path.suffix for path in (state_dir() / "handover").glob("*")}
+
+        await until(nothing_arrives, "what came is thrown away")
 
 
 def told(kill: Kill, said: Said, states: tuple[str, str]) -> None:
@@ -230,6 +247,16 @@ async def intact(here: Machines, name: str) -> None:
 @pytest.mark.parametrize("kill", FEW, ids=str)
 async def test_a_process_is_killed_where_it_hurts_most(kill: Kill) -> None:
     await survives(kill)
+
+
+async def test_the_migrator_is_killed_while_the_destination_keeps_what_it_has() -> None:
+    await survives(Kill(Victim.MIGRATOR, *source(S.IDLE, F.RESUME), Position.BEFORE), LOST)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kill", kills_coming_back(), ids=str)
+async def test_a_process_is_killed_while_a_connection_is_made_anew(kill: Kill) -> None:
+    await survives(kill, LOST)
 
 
 @pytest.mark.faults

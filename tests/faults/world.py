@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -53,6 +54,9 @@ LIMITS = (
     (peer, "_ABORT_TIMEOUT"),
     (sock, "LINGER"),
 )
+RECONNECT = 5.0
+KEEP = 6.0
+"""Seconds: for a busy machine; a connection that was lost is back within a tenth of one."""
 FIX = 20.0
 """Seconds after which a case has failed."""
 
@@ -145,6 +149,18 @@ class World:
         if isinstance(event, Notice):
             self.said.append(event.text)
 
+    def reconnects(self, keep: float = KEEP) -> None:
+        """From now on a connection that is lost is made anew; one that is silent counts as lost soon."""
+        self.policy = dataclasses.replace(
+            self.policy, reconnect=RECONNECT, keepalive=PATIENCE / 4, stall=PATIENCE, handover_timeout=RECONNECT / 2
+        )
+        self.reception._keep, self.reception._keepalive, self.reception._stall = keep, PATIENCE / 4, PATIENCE
+
+    def pings(self) -> None:
+        """Both sides soon ask whether the other is there, and wait long for the answer."""
+        self.policy = dataclasses.replace(self.policy, keepalive=0.02)
+        self.reception._keepalive = 0.02
+
     async def cancel(self) -> None:
         """An operator cancels."""
         assert self.migration is not None
@@ -217,12 +233,20 @@ async def world(monkeypatch: pytest.MonkeyPatch, *faults: Case) -> AsyncIterator
     together = Together(monkeypatch)
     phases: list[Phase] = []
     async with hosting(GUEST, engine="simulator", memory=MEMORY) as source:
-        async with amig.Reception("tcp://127.0.0.1:0", name="there", on_phase=phases.append) as reception:
+        async with amig.Reception(
+            "tcp://127.0.0.1:0", name="there", on_phase=phases.append, keepalive=FIX, stall=FIX
+        ) as reception:
             host, _, port = reception.address.removeprefix("tcp://").rpartition(":")
             async with Relay((host, int(port)), *faults) as relay:
                 here = World(source=source, reception=reception, relay=relay, phases=phases)
                 here.policy = amig.Policy(
-                    connect_timeout=PATIENCE, handover_timeout=PATIENCE, downtime=0.05, chunk=CHUNK
+                    connect_timeout=PATIENCE,
+                    handover_timeout=PATIENCE,
+                    downtime=0.05,
+                    chunk=CHUNK,
+                    reconnect=0,
+                    keepalive=FIX,
+                    stall=FIX,
                 )
                 async with doubt.watching(source.hosted, LinkOptions(), here.notes.append):
                     yield here
@@ -251,7 +275,7 @@ async def _until_done(here: World) -> None:
     done = asyncio.ensure_future(here.migration.result())
     try:
         while not done.done():
-            silent = any(case.action is Action.SILENCE for case in here.relay.fired)
+            silent = any(case.action is Action.SILENCE for case in here.relay.fired) and not here.policy.reconnect
             await asyncio.wait([done], timeout=0.2 if silent else 0.02)
             if silent and not done.done():
                 here.migration.cancel()

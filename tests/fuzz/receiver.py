@@ -1,8 +1,9 @@
 """The whole destination side, fed with what a source sends after the handshake, or with a handshake of its own.
 
 The first byte of an input: bits 0 and 1 say how many connections beside the first one, bit 2 that HELLO is part of the
-input, bit 3 that it goes over a real socket, where the kernel writes to guest memory by address. Each frame follows a
-byte that says on which connection it comes.
+input, bit 3 that it goes over a real socket, where the kernel writes to guest memory by address, bit 4 that the source
+loses its only connection and comes back on another, which bits 5 to 7 are the round of. Each frame follows a byte that
+says on which connection it comes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ MOST_MEMORY = 4 << 20
 FENCE = 16
 """Pages around each region that nobody may write to."""
 MARK = 0xA5
-STREAMS, OWN_HELLO, SOCKET = 3, 4, 8
+STREAMS, OWN_HELLO, SOCKET, RETURN = 3, 4, 8, 16
+KEEP = 30.0
 TAG = 1
 KEY = b"a digest"
 STAY = 0.05
@@ -162,23 +164,24 @@ class FedSocket(SocketConnection):
 
 
 class Others:
-    """A listener whose connections are those of the same source."""
+    """A listener whose connections are those of the same source, which join it or come ``back`` with a round."""
 
     address = "here"
 
-    def __init__(self, first: Fed | FedSocket, said: list[bytes]) -> None:
+    def __init__(self, first: Fed | FedSocket, said: list[bytes], back: int | None = None) -> None:
         self._first = first
         self._said = said
+        self._back = back
         self._stream = 0
 
     async def accept(self) -> Fed:
         self._stream += 1
         if self._stream > len(self._said):
             raise HostError("nobody else comes")
-        welcome = bytes(self._first.heard)
-        header = frames.decode_header(welcome[:16])
-        found = messages.decode(header.type, welcome[16 : 16 + header.length])
-        token = found.token if isinstance(found, messages.Welcome) else bytes(32)
+        token = token_of(bytes(self._first.heard))
+        if self._back is not None:
+            resume = messages.Resume(migration=ID, token=token, since=0, round=self._back)
+            return Fed(streams.message(resume) + self._said[self._stream - 1])
         join = streams.message(messages.Join(migration=ID, token=token, stream=self._stream))
         return Fed(join + self._said[self._stream - 1], stays=STAY)
 
@@ -186,15 +189,22 @@ class Others:
         pass
 
 
+def token_of(heard: bytes) -> bytes:
+    """Return the token in a WELCOME."""
+    header = frames.decode_header(heard[:16])
+    found = messages.decode(header.type, heard[16 : 16 + header.length])
+    return found.token if isinstance(found, messages.Welcome) else bytes(32)
+
+
 def connections(data: bytes) -> list[bytes]:
     """Return what is said on each connection."""
-    said = [b""] * (1 + (data[0] & STREAMS))
+    said = [b""] * (2 if data[0] & RETURN else 1 + (data[0] & STREAMS))
     for piece in streams.cut(data[1:], TAG):
         said[piece[0] % len(said)] += piece[TAG:]
     return said
 
 
-def hello(streams_: int, *features: str) -> bytes:
+def hello(streams_: int, *features: str, optional: tuple[str, ...] = ()) -> bytes:
     return streams.message(
         messages.Hello(
             migration=ID,
@@ -205,6 +215,7 @@ def hello(streams_: int, *features: str) -> bytes:
             machine=b"model",
             streams=streams_,
             features_required=features,
+            features_optional=optional,
             digest_key=KEY if features else b"",
         )
     )
@@ -213,13 +224,17 @@ def hello(streams_: int, *features: str) -> bytes:
 async def receive(data: bytes) -> FencedGuest:
     """Be the destination of such a source; returns the guest, checked."""
     said = connections(data)
-    if not data[0] & OWN_HELLO:
+    back = data[0] >> 5 if data[0] & RETURN else None
+    if back is not None:
+        said[0] = hello(1, optional=(messages.RESUME_FEATURE,)) + said[0]
+    elif not data[0] & OWN_HELLO:
         said[0] = hello(len(said)) + said[0]
     guest = FencedGuest()
     first = FedSocket(said[0]) if data[0] & SOCKET else Fed(said[0])
     try:
         try:
-            await Inbound(first, Others(first, said[1:]), guest, release="test").run()
+            others = Others(first, said[1:], back)
+            await Inbound(first, others, guest, release="test", keep=KEEP if back is not None else 0).run()
         except AmigError:
             assert "run" not in guest.calls, "the guest runs, and an error was raised"
         else:
@@ -317,6 +332,11 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "own-hello", bytes([OWN_HELLO]) + tagged(hello(1) + round_end(0, 0) + last_words(1, 0, 0))
     yield "digests", bytes([OWN_HELLO]) + tagged(proven(messages.DIGESTS_FEATURE))
     yield "digests-full", bytes([OWN_HELLO]) + tagged(proven(messages.DIGESTS_FEATURE, messages.FULL_FEATURE))
+    half = tagged(one_page(5, text) + round_end(0, 1) + one_page(6, text, round=1) + one_page(7, text, round=1)[:-9])
+    again = one_page(7, text, round=3) + one_page(69, text, region=7, round=3) + round_end(3, 2)
+    yield "return", bytes([RETURN | 3 << 5]) + half + tagged(again + last_words(4, 2, 0), 1)
+    late = one_page(5, text, packed=True) + round_end(0, 1) + streams.state(b"state")
+    yield "return-late", bytes([RETURN | SOCKET | 1 << 5]) + tagged(late) + tagged(last_words(1, 0, 0), 1)
     yield "query", bytes([OWN_HELLO]) + tagged(streams.message(messages.Query(migration=ID)))
 
 

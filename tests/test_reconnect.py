@@ -1,0 +1,526 @@
+"""A migration that loses its connection goes on over another: nothing is lost, little is sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+import numpy as np
+import pytest
+
+from amig.errors import LinkLost, PeerError
+from amig.events import Event, Progress, State, StateChanged
+from amig.guest import Outcome, RunState
+from amig.memory import PAGE_SIZE
+from amig.policy import Policy
+from amig.session.door import Asked
+from amig.session.endpoints import open_destination
+from amig.session.inbound import Inbound, Phase
+from amig.session.migration import Migration
+from amig.session.peer import Peer
+from amig.session.questions import Records
+from amig.stages.resumption import Answer
+from amig.transport import Dialer, listen
+from amig.transport.framed import FramedConnection
+from amig.wire import limits
+from amig.wire.frametype import FrameType
+from amig.wire.messages import (
+    Discarded,
+    End,
+    Held,
+    Join,
+    Message,
+    Ping,
+    Placed,
+    Query,
+    Refuse,
+    Resume,
+    Resumed,
+    Running,
+)
+from tests.modelguest import ModelGuest, ModelIncoming
+from tests.test_hostile_destination import OTHER, Liar
+from tests.test_wire_messages import HELLO
+
+PAGES = 3000
+KEEP = 20.0
+QUICK = {"reconnect": 20.0, "chunk": 1 << 18, "connect_timeout": 5.0, "handover_timeout": 5.0}
+
+
+class Nobody:
+    """A listener to which nobody comes any more."""
+
+    async def accept(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
+class Receiver:
+    """A destination that keeps what it has, on a real socket."""
+
+    def __init__(self, keep: float, *, deaf: bool) -> None:
+        self.guest = ModelIncoming()
+        self.keep = keep
+        self.deaf = deaf
+        self.address = ""
+        self.error: BaseException | None = None
+        self.phases: list[Phase] = []
+        self.on_phase: Callable[[Phase], None] = lambda _: None
+        self.inbound: Inbound | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def _phase(self, phase: Phase) -> None:
+        self.phases.append(phase)
+        self.on_phase(phase)
+
+    async def run(self, listener) -> None:  # type: ignore[no-untyped-def]
+        first = await listener.accept()
+        self.inbound = Inbound(
+            first,
+            Nobody() if self.deaf else listener,  # type: ignore[arg-type]
+            self.guest,
+            release="test",
+            on_phase=self._phase,
+            keep=self.keep,
+        )
+        try:
+            await self.inbound.run()
+        except Exception as error:
+            self.error = error
+        finally:
+            await self.inbound.close()
+
+    def cut(self) -> None:
+        """Break all connections."""
+        assert self.inbound is not None
+        for link in self.inbound._links:
+            link.abort()
+
+
+@asynccontextmanager
+async def receiving(keep: float = KEEP, *, deaf: bool = False) -> AsyncIterator[Receiver]:
+    receiver = Receiver(keep, deaf=deaf)
+    listener = await listen("tcp://127.0.0.1:0")
+    receiver.address = listener.address
+    receiver.task = asyncio.create_task(receiver.run(listener))
+    try:
+        yield receiver
+        async with asyncio.timeout(20):
+            await receiver.task
+    finally:
+        receiver.task.cancel()
+        await asyncio.gather(receiver.task, return_exceptions=True)
+        await listener.close()
+
+
+def busy_guest() -> ModelGuest:
+    """Every other page is full of what can't be compressed."""
+    guest = ModelGuest(PAGES)
+    guest.array.arrays[0][::2] = guest.random.integers(0, 255, (PAGES // 2, PAGE_SIZE), np.uint8)
+    guest.write(np.arange(0, PAGES, 2))
+    return guest
+
+
+def assert_moved(guest: ModelGuest, receiver: Receiver) -> None:
+    assert receiver.error is None
+    assert guest.state is RunState.STOPPED
+    assert receiver.guest.array is not None
+    np.testing.assert_array_equal(receiver.guest.array.arrays[0], guest.array.arrays[0])
+
+
+def assert_stayed(guest: ModelGuest) -> None:
+    assert guest.state is RunState.RUNNING
+    assert guest.hub.strategy is None, "the dirty log was left on"
+    assert "commit" not in guest.calls
+
+
+def cutting(receiver: Receiver, sent: list[int]) -> Callable[[Event], None]:
+    """Cut when so many bytes have gone out, one after the other."""
+
+    def on_event(event: Event) -> None:
+        if sent and isinstance(event, Progress) and event.state is State.MEMORY and event.bytes_sent >= sent[0]:
+            sent.pop(0)
+            receiver.cut()
+
+    return on_event
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"compression": "zstd"}, {"delta_cache": 1 << 30, "compression": "zstd"}])
+async def test_a_migration_goes_on_after_its_connection_broke(streams: int, more: dict[str, object]) -> None:
+    guest = busy_guest()
+    dice = np.random.default_rng(5)
+
+    def work() -> None:
+        if guest.state is RunState.RUNNING and dice.integers(3) == 0:
+            guest.write(dice.integers(0, PAGES, 20), zero=bool(dice.integers(2)))
+
+    guest.before_take = work
+    states: list[State] = []
+    async with receiving() as receiver, asyncio.timeout(60):
+        cut = cutting(receiver, [1 << 20, 3 << 20, 5 << 20])
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, StateChanged):
+                states.append(event.state)
+            cut(event)
+
+        policy = Policy(bandwidth=8e6, streams=streams, timeout=5, on_timeout="switch", **QUICK, **more)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects >= 1
+    assert result.verified == "digests"
+    assert states.count(State.RECONNECTING) == result.reconnects
+    assert Phase.LOST in receiver.phases or result.reconnects
+    assert receiver.guest.calls[0] == "build"
+    assert receiver.guest.calls.count("build") == 1
+
+
+async def test_what_had_arrived_is_not_sent_again() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    async with receiving() as receiver, asyncio.timeout(60):
+        on_event = cutting(receiver, [2 << 20, 4 << 20, 6 << 20, 8 << 20])
+        policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects == 4
+    assert result.bytes.wire < 1.1 * PAGES * PAGE_SIZE
+
+
+async def test_without_time_to_reconnect_a_lost_connection_is_the_end() -> None:
+    guest = busy_guest()
+    async with receiving() as receiver:
+        policy = Policy(bandwidth=2e6, **(QUICK | {"reconnect": 0}))  # type: ignore[arg-type]
+        with pytest.raises(LinkLost):
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])):
+                pass
+    assert_stayed(guest)
+    assert receiver.guest.calls == ["build", "discard"]
+
+
+async def test_a_destination_that_keeps_nothing_ends_it_with_the_reason() -> None:
+    guest = busy_guest()
+    async with receiving(keep=0) as receiver:
+        policy = Policy(bandwidth=2e6, **QUICK)  # type: ignore[arg-type]
+        with pytest.raises(LinkLost, match="can't be reconnected: it does not keep what has come"):
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])):
+                pass
+    assert_stayed(guest)
+    assert receiver.guest.calls == ["build", "discard"]
+
+
+async def test_a_source_that_is_not_heard_any_more_keeps_the_guest_when_both_have_lost_patience() -> None:
+    guest = busy_guest()
+    async with receiving(keep=0.2, deaf=True) as receiver:
+        policy = Policy(bandwidth=2e6, **(QUICK | {"reconnect": 0.6, "connect_timeout": 0.3}))  # type: ignore[arg-type]
+        with pytest.raises(LinkLost, match=r"sought again for 0\.6 s"):
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])):
+                pass
+    assert_stayed(guest)
+    assert "did not come back within 0.2 s" in str(receiver.error)
+    assert receiver.phases[-2:] == [Phase.LOST, Phase.DISCARDED]
+    assert receiver.guest.calls == ["build", "discard"]
+
+
+async def test_cancelling_while_the_destination_is_sought_keeps_the_guest() -> None:
+    guest = busy_guest()
+    migration: Migration
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            asyncio.get_running_loop().call_later(0.1, migration.cancel)
+
+    async with receiving(keep=0.5, deaf=True) as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [1])
+        policy = Policy(bandwidth=2e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+    assert migration.cancelled
+    assert_stayed(guest)
+    assert receiver.guest.calls == ["build", "discard"]
+
+
+async def test_a_guest_that_was_paused_runs_before_the_destination_is_sought() -> None:
+    guest = busy_guest()
+    guest.on_save = lambda: receiver.cut()
+    seen: list[tuple[State, RunState]] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StateChanged):
+            seen.append((event.state, guest.state))
+            if event.state is State.RECONNECTING:
+                guest.on_save = lambda: None
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        async with Migration(guest, receiver.address, Policy(**QUICK), on_event=on_event) as migration:  # type: ignore[arg-type]
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects == 1
+    assert (State.RECONNECTING, RunState.RUNNING) in seen
+    assert [call for call in guest.calls if call in ("pause", "resume", "save")] == [
+        "pause", "save", "resume", "pause", "save",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["STATE", "END"])
+async def test_what_was_said_before_the_loss_counts_no_more(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state, digests or an end that had come are not taken together with those of a later connection."""
+    guest = busy_guest()
+    sent = 0
+    kind = FrameType[step]
+    send = FramedConnection._send
+
+    async def cut_after(self: FramedConnection, what: FrameType, *parts: bytes) -> None:
+        nonlocal sent
+        await send(self, what, *parts)
+        if what is kind and not sent:
+            sent += 1
+            self.abort()
+
+    monkeypatch.setattr(FramedConnection, "_send", cut_after)
+    async with receiving() as receiver, asyncio.timeout(30):
+        policy = Policy(verify="full", **(QUICK | {"reconnect": 1.0}))  # type: ignore[arg-type]
+        try:
+            async with Migration(guest, receiver.address, policy) as migration:
+                pass
+        except LinkLost:
+            assert step == "END", "what came before END can always be sent again"
+        result = await migration.result()
+    if result.status == "completed":
+        assert result.verified == "full"
+        assert_moved(guest, receiver)
+    else:
+        assert_stayed(guest)
+
+
+async def test_a_page_that_is_a_hole_only_after_it_arrived_is_zero_there() -> None:
+    """A first pass skips holes; after a return it may not skip those of which the destination has content."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    early = np.arange(0, 64)
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            guest.write(early, zero=True)
+            guest.array.touched[0][early] = False
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [3 << 20])
+        policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event):
+            pass
+    assert not guest.array.arrays[0][early].any()
+    assert_moved(guest, receiver)
+
+
+async def test_holes_are_not_read_after_a_return_either() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(1000, 2000))
+    async with receiving() as receiver, asyncio.timeout(30):
+        policy = Policy(bandwidth=4e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1 << 20])) as migration:
+            pass
+        result = await migration.result()
+    assert_moved(guest, receiver)
+    assert result.reconnects == 1
+    assert migration._session is not None
+    assert migration._session.stats.pages_zero == 0, "zero bits were sent for holes"
+
+
+async def test_a_guest_is_paused_in_vain_twice_at_most() -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+
+    async def no_end(self: FramedConnection, message: Message) -> int:
+        return 0 if isinstance(message, End) else await send(self, message)
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FramedConnection, "send_message", no_end)
+            policy = Policy(**(QUICK | {"handover_timeout": 0.3}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost, match="was not ready"):
+                async with Migration(guest, receiver.address, policy):
+                    pass
+    assert guest.calls.count("pause") == 2
+    assert_stayed(guest)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("ssh://hostb/web1", "ends with this connection"), ("file:/tmp/web1.snapshot", "can't be written to again")],
+)
+async def test_what_can_not_be_made_anew_says_why(address: str, why: str) -> None:
+    assert why in open_destination(address, Policy()).no_return
+
+
+async def test_an_older_amig_on_the_other_side_is_no_trouble() -> None:
+    """Who does not know the feature is offered it, and does not hear of it again."""
+    guest = busy_guest()
+    async with receiving(keep=0) as receiver, Migration(guest, receiver.address, Policy(**QUICK)):  # type: ignore[arg-type]
+        pass
+    assert_moved(guest, receiver)
+    assert receiver.inbound is not None
+    assert receiver.inbound.hello is not None
+    assert receiver.inbound.hello.features_optional == ("resume",)
+    assert "resume" not in receiver.inbound.hello.features_required
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        [Held(region=0, first=0, pages=b"\xff" * 8 * 40), Resumed(migration=OTHER, rounds=0, token=bytes(32))],
+        [Held(region=0, first=0, pages=b"\xff" * 8 * 46), Resumed(migration="", rounds=0, token=bytes(32))],
+        [Held(region=5, first=0, pages=bytes(8))],
+        [Resumed(migration="", rounds=1, token=bytes(32))],
+        [Resumed(migration="", rounds=limits.MAX_ROUND, token=bytes(32))],
+        [Placed(round=0)],
+        [Running(migration=OTHER)],
+    ],
+    ids=["another", "not-sent", "no-region", "not-over", "never", "placed", "running"],
+)
+async def test_a_destination_that_lies_about_what_it_has_leaves_the_guest_here(lies: list[Message]) -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    listener = await listen("tcp://127.0.0.1:0")
+
+    async def lie() -> None:
+        liar = Liar(await listener.accept())
+        await liar.greet()
+        assert liar.hello is not None
+        await liar.say(liar.welcome(features=(*liar.hello.features_required, "resume")))
+        await liar.take(FrameType.BLOCK)
+        liar.connection.abort()
+        again = Liar(await listener.accept())
+        try:
+            assert isinstance(await again.link.receive(), Resume)
+            for message in lies:
+                mine = getattr(message, "migration", None) == ""
+                await again.say(msgspec.structs.replace(message, migration=liar.migration) if mine else message)
+            await again.listen()
+        finally:
+            again.connection.abort()
+
+    lying = asyncio.create_task(lie())
+    try:
+        async with asyncio.timeout(30):
+            with pytest.raises(PeerError):
+                async with Migration(guest, listener.address, Policy(bandwidth=2e6, **QUICK)):  # type: ignore[arg-type]
+                    pass
+    finally:
+        lying.cancel()
+        await asyncio.gather(lying, return_exceptions=True)
+        await listener.close()
+    assert_stayed(guest)
+
+
+# --- who may come back -----------------------------------------------------------------------------------------------
+
+
+async def lost_to(receiver: Receiver, migration: Migration) -> Resume:
+    """Wait until the destination waits for its source; return what that would say."""
+    async with asyncio.timeout(10):
+        while Phase.LOST not in receiver.phases:
+            await asyncio.sleep(0.005)
+    assert receiver.inbound is not None
+    assert receiver.inbound._door is not None
+    return Resume(migration=migration.id, token=receiver.inbound._door._token, since=0, round=9)
+
+
+async def says(address: str, message: Message) -> Message | None:
+    """Connect, say it, and return the answer."""
+    link = FramedConnection(await Dialer(address).connect(timeout=5))
+    try:
+        await link.send_message(message)
+        return await link.receive()
+    except LinkLost:
+        return None
+    finally:
+        link.abort()
+
+
+@pytest.mark.parametrize("wrong", ["token", "migration", "hello", "join", "garbage"])
+async def test_others_are_refused_and_the_source_can_still_come_back(wrong: str) -> None:
+    guest = busy_guest()
+    refused: list[Message | None] = []
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        held = asyncio.Event()
+        resume = Peer.resume
+
+        async def later(self: Peer, since: int, round_: int) -> Answer:
+            await held.wait()
+            return await resume(self, since, round_)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", later)
+            policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                right = await lost_to(receiver, migration)
+                said: dict[str, Message] = {
+                    "token": msgspec.structs.replace(right, token=bytes(32)),
+                    "migration": msgspec.structs.replace(right, migration="f" * 32),
+                    "hello": HELLO,
+                    "join": Join(migration=migration.id, token=right.token, stream=1),
+                    "garbage": Ping(seq=1, sent_ns=1),
+                }
+                refused.append(await says(receiver.address, said[wrong]))
+                held.set()
+        result = await migration.result()
+    assert result.status == "completed"
+    assert_moved(guest, receiver)
+    assert refused == [None] or isinstance(refused[0], Refuse)
+
+
+async def test_a_question_ends_the_waiting_durably() -> None:
+    guest = busy_guest()
+    asked: list[str] = []
+
+    class Known(Records):
+        async def outcome(self, migration: str) -> Outcome | None:
+            asked.append(migration)
+            return Outcome.DISCARDED
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", nobody_there)
+            policy = Policy(bandwidth=8e6, **(QUICK | {"reconnect": 1.0}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost):
+                async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                    await lost_to(receiver, migration)
+                    assert receiver.inbound is not None
+                    receiver.inbound._door._records = Known()  # type: ignore[union-attr]
+                    assert isinstance(await says(receiver.address, Query(migration=migration.id)), Discarded)
+    assert asked == [migration.id]
+    assert isinstance(receiver.error, Asked)
+    assert receiver.guest.calls[-1] == "discard"
+    assert_stayed(guest)
+
+
+async def nobody_there(self: Peer, since: int, round_: int) -> Answer:
+    raise LinkLost("nobody is there")
+
+
+async def test_stopping_the_receiver_while_it_waits_discards_what_came() -> None:
+    guest = busy_guest()
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", nobody_there)
+            policy = Policy(bandwidth=8e6, **(QUICK | {"reconnect": 0.5}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost):
+                async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                    await lost_to(receiver, migration)
+                    assert receiver.task is not None
+                    receiver.task.cancel()
+                    await asyncio.gather(receiver.task, return_exceptions=True)
+                    receiver.task = asyncio.create_task(asyncio.sleep(0))
+    assert receiver.guest.calls == ["build", "discard"]
+    assert_stayed(guest)
