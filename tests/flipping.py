@@ -31,11 +31,11 @@ class Flipping:
         try:
             await asyncio.wait(ways)
         finally:
+            for end in (here, writer):  # before anything is waited for: we may be cancelled a second time
+                end.close()
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            for end in (here, writer):
-                end.close()
             with contextlib.suppress(OSError):
                 await here.wait_closed()
 

@@ -270,7 +270,7 @@ async def test_the_guest_reports_clears_that_come_after_the_read(monkeypatch: py
 
 
 def test_phases_are_named_for_people() -> None:
-    assert [str(p) for p in Phase] == ["waiting", "memory", "loading", "prepared", "running", "discarded"]
+    assert [str(p) for p in Phase] == ["waiting", "memory", "lost", "loading", "prepared", "running", "discarded"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

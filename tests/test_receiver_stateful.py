@@ -149,7 +149,10 @@ class Receiver(RuleBasedStateMachine):
     def block(self, region: Any, data: st.DataObject, packed: bool, summed: bool, fill: int) -> None:
         first = 64 * data.draw(st.integers(0, (region.pages - 1) // 64))
         span = min(64, region.pages - first)
-        pages = data.draw(st.integers(1, 2**span - 1))
+        # No page goes twice in a round: one that has landed could be placed over by one that is being decompressed.
+        pages = data.draw(st.integers(1, 2**span - 1)) & ~(self.held.get(region.id, 0) >> first)
+        if not pages:
+            return
         zero = pages & data.draw(st.integers(0, 2**span - 1))
         numbers = [i for i in range(span) if (pages & ~zero) >> i & 1]
         content = bytes([fill, self.round % 251]) * (PAGE_SIZE // 2) * len(numbers)

@@ -79,12 +79,12 @@ class Place:
         """See `amig.stages.receive.Landing`: what did not land whole must never be taken for what was sent."""
         if self._current is None:
             return
+        memory = self._memory[region]
         fresh = landed & ~self._placed[region][first // WORD_PAGES : first // WORD_PAGES + len(landed)]
-        for start, end in runs(bitmap.to_pages(fresh, first)):
-            self._guest.punch(region, start, end - start)  # as if nothing had come: a hole need not be sent again
+        memory[bitmap.to_pages(fresh, first)] = 0  # as if nothing had come: what is a hole by now is not sent again
         older = bitmap.to_pages(landed & ~fresh, first)
         if len(older) and self._digests is not None:
-            self._digests.hash(region, self._memory[region], older)
+            self._digests.hash(region, memory, older)
 
     def land(self, round_: int, region: int, first: int, fresh: Words) -> Pieces | None:
         """See `amig.stages.receive.Landing`: yes, once nothing of an older round waits to be placed over it."""
