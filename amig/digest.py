@@ -117,6 +117,9 @@ class PageDigests:
 
     def zero(self, region: int, index: npt.NDArray[np.int64]) -> None:
         """Note that the pages in ``index`` (ascending, not empty) are zero."""
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 == len(index) and not self._tables[region][first : last + 1].any():
+            return  # as they were: most memory that is zero has never been anything else
         self._replace(region, index, np.zeros(len(index), np.uint64))
 
     def _replace(self, region: int, index: npt.NDArray[np.int64], digests: Digests) -> None:

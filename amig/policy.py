@@ -22,7 +22,7 @@ STALL = 20.0
 MAX_KEPT = 86400.0
 """Seconds that either side may be told to keep what it has for the other."""
 
-FIXED = 0.003
+FIXED = 0.012
 """Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
 PACE_BYTES = 32 * MIB
 """A round that is shorter does not count for the pace."""
@@ -141,11 +141,8 @@ class Convergence:
     """Remaining bytes seen after each round, the last 16."""
 
     def measured(self, *, round_trip: float, record: float) -> None:
-        """Take in the seconds of one round trip to the destination, and of making the durable record here.
-
-        A disk that was slow once must not make the limit unreachable: at most half of it is set aside.
-        """
-        self.fixed = max(FIXED, min(FIXED + 2 * round_trip + record, self.limits.downtime / 2))
+        """Take in the seconds of one round trip to the destination, and of making the durable record here."""
+        self.fixed = FIXED + 2 * round_trip + record
 
     def round_took(self, size: int, seconds: float) -> None:
         """Take in how long a round of ``size`` bytes took; small ones say more about overhead than about pace."""
@@ -156,9 +153,17 @@ class Convergence:
         """Return the bytes of memory a second to count with; ``link``: what the link carries while it is sent on."""
         return min(link, self.pace) if self.pace else link
 
+    @property
+    def set_aside(self) -> float:
+        """Seconds of the limit that are not for pages: at most half of it.
+
+        A disk that was slow once must not put the limit out of reach, nor may one that is shorter than the fixed part.
+        """
+        return min(self.fixed, self.limits.downtime / 2)
+
     def downtime(self, remaining_bytes: float, rate: float) -> float:
         """Return the expected downtime in seconds."""
-        return self.fixed + (remaining_bytes / rate if rate else float("inf") if remaining_bytes else 0.0)
+        return self.set_aside + (remaining_bytes / rate if rate else float("inf") if remaining_bytes else 0.0)
 
     def judge(self, *, rounds: int, remaining_bytes: float, rate: float, elapsed: float) -> Verdict:
         """Decide; ``rounds`` are those done, ``rate`` in bytes/s, ``elapsed`` in seconds since the start."""

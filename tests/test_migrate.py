@@ -81,7 +81,7 @@ async def test_four_streams_and_compression(engine: str) -> None:
 @pytest.mark.parametrize("cache", [1 << 30, 2 * MIB], ids=["all-memory", "too-small"])
 async def test_differences_instead_of_pages(engine: str, cache: int) -> None:
     # A few rounds whatever the pace: nothing fits such a downtime.
-    policy = amig.Policy(delta_cache=cache, bandwidth=100e6, downtime=0.003, max_rounds=4, on_timeout="switch")
+    policy = amig.Policy(delta_cache=cache, bandwidth=100e6, downtime=1e-6, max_rounds=4, on_timeout="switch")
     async with hosting(engine=engine) as source, receiving() as target:
         result = await move(source, target.address, policy)
         await target.arrived()

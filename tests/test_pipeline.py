@@ -143,7 +143,7 @@ async def test_differences_bring_the_same_memory(compression: str, streams: int,
     guest.write(np.arange(0, PAGES, 2))
     policy = Policy(  # six rounds whatever the pace: a downtime that nothing fits
         chunk=1 << 18, streams=streams, compression=compression, workers=2, delta_cache=cache,
-        downtime=0.003, max_rounds=6, on_timeout="switch",
+        downtime=1e-6, max_rounds=6, on_timeout="switch",
     )  # type: ignore[arg-type]  # fmt: skip
     rounds = busy(guest, 40, 3)
     write = rounds.on_start

@@ -25,7 +25,7 @@ def test_it_switches_when_the_rest_fits_the_downtime_limit() -> None:
 def test_the_fixed_part_counts_against_the_limit() -> None:
     decision = convergence()
     decision.measured(round_trip=0.01, record=0.02)
-    assert decision.downtime(0, GIB) == pytest.approx(FIXED + 0.04)
+    assert decision.downtime(0, GIB) == pytest.approx(min(FIXED + 0.04, 0.05))
     assert decision.judge(rounds=1, remaining_bytes=0.06 * GIB, rate=GIB, elapsed=1) is Verdict.GO_ON
 
 
@@ -33,6 +33,12 @@ def test_a_disk_that_was_slow_once_does_not_put_the_limit_out_of_reach() -> None
     decision = convergence()
     decision.measured(round_trip=0.01, record=5.0)
     assert decision.judge(rounds=1, remaining_bytes=0.04 * GIB, rate=GIB, elapsed=1) is Verdict.SWITCH
+
+
+def test_a_limit_shorter_than_the_fixed_part_is_tried_for_all_the_same() -> None:
+    decision = convergence(downtime=FIXED / 2)
+    assert decision.judge(rounds=1, remaining_bytes=FIXED / 5 * GIB, rate=GIB, elapsed=1) is Verdict.SWITCH
+    assert decision.judge(rounds=1, remaining_bytes=FIXED / 3 * GIB, rate=GIB, elapsed=1) is Verdict.GO_ON
 
 
 def test_an_idle_guest_switches_at_once_even_when_nothing_is_known_of_the_link() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from amig.errors import UsageError
 from amig.memory import PAGE_SIZE
+from amig.policy import Policy
 
 GIB, MIB = 1 << 30, 1 << 20
 PUBLISHED_SECONDS = {"auto-clear": 58, "1GiB": 40, "128MiB": 38, "16MiB": 39, "1MiB": 38}
@@ -75,8 +76,8 @@ class Variant:
     initially_set: bool = True
     ring: int = 0
     """Entries of the dirty ring; 0: none."""
-    chunk: int = MIB
-    """Dirty bytes of a chunk, at most."""
+    chunk: int = Policy().chunk
+    """Dirty bytes of a chunk, at most; what a migration does unless told otherwise."""
     span: int | None = None
     """Address range of a chunk, at most."""
 

@@ -90,7 +90,7 @@ class ProgressMeter:
             return None, "the first block to be sent"
         if self._round == 0:
             return left / rate, "the first pass over memory"
-        fits = self._convergence.limits.downtime - self._convergence.fixed
+        fits = self._convergence.limits.downtime - self._convergence.set_aside
         if self._dirty_rate >= rate:
             return None, (
                 f"the guest to write less: it dirties {self._dirty_rate / 1e6:.0f} MB/s and "

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from amig.memory import PAGE_SIZE, GuestMemory, Pages
 from amig.pieces import Pieces
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd, SendEnd
-from amig.stages.codec_choice import CodecChoice
+from amig.stages.codec_choice import SAMPLE_PAGES, CodecChoice
 from amig.stages.delta import NOWHERE, Places, SentPages
 from amig.stages.items import BLOCK_PAGES, Block, Chunk, Codec, RoundEnd
 from amig.stages.read import ChunkReader
@@ -65,6 +65,7 @@ class Compress:
         self._threads = ThreadPoolExecutor(workers, "amig-compress")
         self._local = threading.local()
         self._spare: Pages | None = None
+        self._sampled: Future[bytes] | None = None
 
     async def run(self) -> None:
         """Turn chunks into blocks until the input ends. When cancelled, waits for its threads first."""
@@ -92,6 +93,8 @@ class Compress:
     async def _pass_on(self, block: Block) -> None:
         places = self._look_up(block)
         packing = block.data is not None and self._choice.compress()
+        if not packing and isinstance(block.data, Pieces) and self._choice.sample():
+            self._sample(block.data)
         if places is not None or packing or not self._live:
             block = await self._copy(block)
         if places is not None or packing:
@@ -101,6 +104,16 @@ class Compress:
         else:
             await self._drain(0)
             await self._out.send(block, block.size)
+
+    def _sample(self, pieces: Pieces) -> None:
+        """Have a little of a block compressed on a worker, unless the last sample is still under way."""
+        if self._sampled is not None:
+            if not self._sampled.done():
+                return
+            self._sampled.result()
+        few = Pieces(pieces.memory, pieces.index[:SAMPLE_PAGES])
+        raw = few.copy_to(np.empty((len(few.index), PAGE_SIZE), np.uint8))
+        self._sampled = self._threads.submit(self._pack_and_learn, raw)
 
     def _look_up(self, block: Block) -> Places | None:
         """Find the versions of the block's pages that the destination has; None where it will not need them."""
@@ -176,13 +189,17 @@ class Compress:
         )  # fmt: skip
 
     def _compress(self, block: Block) -> Block:
-        begin = time.monotonic_ns()
         raw = _copied(block)
-        packed = self._pack(raw)
-        self._choice.learn(raw=raw.nbytes, packed=len(packed), seconds=(time.monotonic_ns() - begin) / 1e9)
+        packed = self._pack_and_learn(raw)
         if len(packed) >= raw.nbytes:
             return block
         return replace(block, codec=Codec.ZSTD, data=memoryview(packed), size=len(packed))
+
+    def _pack_and_learn(self, raw: memoryview) -> bytes:
+        begin = time.monotonic_ns()
+        packed = self._pack(raw)
+        self._choice.learn(raw=raw.nbytes, packed=len(packed), seconds=(time.monotonic_ns() - begin) / 1e9)
+        return packed
 
     def _pack(self, raw: memoryview) -> bytes:
         compressor = getattr(self._local, "compressor", None)

@@ -25,7 +25,12 @@ def zero_pages(memory: Pages, index: PageIndex) -> npt.NDArray[np.bool_]:
     Most pages that are not zero show it in their first or their middle word, so only the others are read whole.
     """
     words = memory.view(np.uint64)
-    zero: npt.NDArray[np.bool_] = words[index, 0] == 0
+    if is_run(index):
+        words = words[int(index[0]) : int(index[-1]) + 1]
+        zero: npt.NDArray[np.bool_] = words[:, 0] == 0
+        index = np.arange(len(index), dtype=np.int64)
+    else:
+        zero = words[index, 0] == 0
     if not zero.any():
         return zero
     maybe = np.flatnonzero(zero)

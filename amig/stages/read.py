@@ -71,10 +71,13 @@ class ChunkReader:
             first = int(index[0]) & ~63
             span = int(index[-1]) + 1 - first
             pages = bitmap.from_pages(index - first, span)
-        if empty.any():
-            content, zero = index[~empty], bitmap.from_pages(index[empty] - first, span)
-        else:
+        empties = int(np.count_nonzero(empty))
+        if not empties:
             content, zero = index, bitmap.zeros(span)
+        elif empties == len(index):
+            content, zero = index[:0], pages
+        else:
+            content, zero = index[~empty], bitmap.from_pages(index[empty] - first, span)
         if self._digests is not None:
             self._digest(region, content, index[empty])
         return Block(

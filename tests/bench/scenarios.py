@@ -32,6 +32,7 @@ class Mode:
 AMIG = Mode(name="amig", side="amig")
 AMIG_ONE = Mode(name="amig, 1 stream", side="amig", streams=1)
 AMIG_ZSTD = Mode(name="amig zstd", side="amig", words=("--compression", "zstd"))
+AMIG_DELTA = Mode(name="amig delta", side="amig", words=("--delta-cache", str(1400 * MIB)))
 AMIG_AUTO = Mode(name="amig auto", side="amig", words=("--compression", "auto"))
 PLAIN = Mode(name="QEMU plain", side="qemu")
 MULTIFD = Mode(name="QEMU multifd", side="qemu", multifd=True)
@@ -129,8 +130,8 @@ def _hot_spot(name: str, write: str) -> Scenario:
         words=f"workload=hotspot hot=90:10 ws=1GiB rate=900MB/s write={write} fill=random",
         link=300_000_000,
         working_set=GIB,
-        modes=(AMIG, CONVERGE, MULTIFD_CONVERGE),
-        targets=(Target(ours=AMIG, theirs=BEST, at_most=0.5),),
+        modes=(AMIG_DELTA, CONVERGE, MULTIFD_CONVERGE),
+        targets=(Target(ours=AMIG_DELTA, theirs=BEST, at_most=0.5),),
     )
 
 
