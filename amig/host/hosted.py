@@ -255,11 +255,18 @@ class HostedGuest:
     # --- an operator's pause -----------------------------------------------------------------------------------------
 
     async def operator_pause(self) -> None:
-        """Pause until an operator resumes; no-op when an operator has paused it already."""
+        """Pause until an operator resumes; no-op when an operator has paused it already. When it fails it is undone."""
         async with self._turn:
             self.require("pause", RunState.RUNNING, RunState.PAUSED)
-            self.operator_paused = True
-            await self._settle()
+            before, self.operator_paused = self.operator_paused, True
+            try:
+                await self._settle()
+            except AmigError:
+                # A device backend did not stop, and the operator is told that there is no pause: so there is none.
+                self.operator_paused = before
+                if self.state is RunState.RUNNING:
+                    await self._settle()
+                raise
 
     async def operator_resume(self) -> None:
         """Undo `operator_pause`; a migration's pause stays."""
