@@ -145,8 +145,12 @@ class Convergence:
         self.fixed = FIXED + 2 * round_trip + record
 
     def round_took(self, size: int, seconds: float) -> None:
-        """Take in how long a round of ``size`` bytes took; small ones say more about overhead than about pace."""
-        if size >= PACE_BYTES and seconds > 0:
+        """Take in how long a round of ``size`` bytes took.
+
+        Small ones say more about overhead than about pace, unless they are faster than what is known: else a guest
+        that writes little would keep the pace of a first pass over a link that was slow then.
+        """
+        if seconds > 0 and (size >= PACE_BYTES or size / seconds > self.pace > 0):
             self.pace += (size / seconds - self.pace) * (0.5 if self.pace else 1.0)
 
     def rate(self, link: float) -> float:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "promptness": set(),
     "kvm": {"errors"},
     "dirty": CORE | {"kvm"},
-    "stages": CORE,
+    "stages": CORE | {"promptness"},
     "wire": CORE,
     "transport": CORE | {"wire"},
     "sim": CORE | {"dirty", "host"},

@@ -45,6 +45,21 @@ def test_an_idle_guest_switches_at_once_even_when_nothing_is_known_of_the_link()
     assert convergence().judge(rounds=1, remaining_bytes=0, rate=0, elapsed=0) is Verdict.SWITCH
 
 
+def test_a_link_that_was_slow_at_first_is_believed_in_again_by_small_rounds() -> None:
+    decision = convergence()
+    decision.round_took(GIB, 100.0)
+    for _ in range(12):
+        decision.round_took(4 * MIB, 4 * MIB / GIB)
+    assert decision.rate(GIB) > 0.9 * GIB
+
+
+def test_a_small_round_that_was_slow_says_nothing_about_the_pace() -> None:
+    decision = convergence()
+    decision.round_took(GIB, 1.0)
+    decision.round_took(4 * MIB, 1.0)
+    assert decision.rate(GIB) == GIB
+
+
 def test_a_fast_link_is_no_help_when_rounds_go_slowly() -> None:
     decision = convergence()
     decision.round_took(GIB, 4.0)

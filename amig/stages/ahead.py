@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from amig import bitmap
 from amig.errors import AmigError
 from amig.memory import WORD_PAGES, Region, Words
+from amig.promptness import be_patient
 
 AHEAD_PAGES = 8192
 """How far ahead of the pages that came: 32 MiB."""
@@ -29,7 +30,7 @@ class BackingAhead:
         """``populate(region, first page, pages)`` is `amig.guest.Incoming.populate`."""
         self._pages = {region.id: region.pages for region in regions}
         self._populate = populate
-        self._thread = ThreadPoolExecutor(1, "amig-populate")
+        self._thread = ThreadPoolExecutor(1, "amig-populate", initializer=be_patient)
         self._work: Future[None] | None = None
         self.needed = True
         """Whether there may be memory here that is not backed yet."""

@@ -1,4 +1,4 @@
-"""A fixed set of page buffers: what bounds the memory that a pipeline holds."""
+"""A bounded set of page buffers: what bounds the memory that a pipeline holds."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from amig.stages.items import BLOCK_PAGES
 
 
 class BufferPool:
-    """``count`` buffers of one block each. A buffer is free again once it was released; waiting is first come."""
+    """At most ``count`` buffers of one block each, made when they are first needed; waiting for one is first come.
+
+    Raw pages go from guest memory to guest memory, so a migration without compression needs none but those it is
+    polite to have at hand.
+    """
 
     def __init__(self, count: int) -> None:
         if count < 2:
             raise ValueError("a pipeline needs two buffers to move")
         self.count = count
-        self._free = deque(np.zeros((BLOCK_PAGES, PAGE_SIZE), np.uint8) for _ in range(count))
+        self._free: deque[Pages] = deque()
+        self._held = 0
         self._available = asyncio.Semaphore(count)
 
     async def acquire(self) -> Pages:
         """Return a buffer of shape ``(BLOCK_PAGES, PAGE_SIZE)``; waits until one is free."""
         await self._available.acquire()
-        return self._free.popleft()
+        self._held += 1
+        return self._free.popleft() if self._free else np.empty((BLOCK_PAGES, PAGE_SIZE), np.uint8)
 
     def release(self, buffer: Pages) -> None:
         """Give a buffer back."""
         self._free.append(buffer)
+        self._held -= 1
         self._available.release()
 
     def close(self) -> None:
@@ -38,4 +45,4 @@ class BufferPool:
     @property
     def free(self) -> int:
         """Buffers nobody holds."""
-        return len(self._free)
+        return self.count - self._held

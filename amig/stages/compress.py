@@ -17,6 +17,7 @@ from amig import bitmap
 from amig.digest import PageDigests
 from amig.memory import PAGE_SIZE, GuestMemory, Pages
 from amig.pieces import Pieces
+from amig.promptness import be_patient
 from amig.stages.buffers import BufferPool
 from amig.stages.channel import ReceiveEnd, SendEnd
 from amig.stages.codec_choice import SAMPLE_PAGES, CodecChoice
@@ -62,7 +63,7 @@ class Compress:
         self._live = live
         self._stats = stats
         self._encoding: deque[asyncio.Future[tuple[Block, ...]]] = deque()
-        self._threads = ThreadPoolExecutor(workers, "amig-compress")
+        self._threads = ThreadPoolExecutor(workers, "amig-compress", initializer=be_patient)
         self._local = threading.local()
         self._spare: Pages | None = None
         self._sampled: Future[bytes] | None = None

@@ -12,6 +12,7 @@ import zstandard
 
 from amig.errors import PeerError
 from amig.memory import PAGE_SIZE
+from amig.promptness import be_patient
 from amig.stages.channel import ReceiveEnd, SendEnd
 from amig.stages.items import Block, Codec, RoundEnd
 
@@ -29,7 +30,7 @@ class Decompress:
         self._in = blocks
         self._out = pages
         self._workers = workers
-        self._threads = ThreadPoolExecutor(workers, "amig-decompress")
+        self._threads = ThreadPoolExecutor(workers, "amig-decompress", initializer=be_patient)
         self._local = threading.local()
         self._work: deque[asyncio.Future[Block] | Block] = deque()
 

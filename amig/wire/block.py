@@ -229,5 +229,5 @@ def _wrong_bits(h: BlockHeader, present: int, empty: int) -> str:
 
 
 def _number(words: Words) -> int:
-    # One big integer: for up to 8 KiB every set operation and count on it costs microseconds, fewer than numpy's calls.
+    # One big integer: for up to 64 KiB every set operation and count on it costs microseconds, fewer than numpy does.
     return int.from_bytes(words.data, "little")

@@ -334,9 +334,10 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "digests-full", bytes([OWN_HELLO]) + tagged(proven(messages.DIGESTS_FEATURE, messages.FULL_FEATURE))
     half = tagged(one_page(5, text) + round_end(0, 1) + one_page(6, text, round=1) + one_page(7, text, round=1)[:-9])
     again = one_page(7, text, round=3) + one_page(69, text, region=7, round=3) + round_end(3, 2)
-    yield "return", bytes([RETURN | 3 << 5]) + half + tagged(again + last_words(4, 2, 0), 1)
+    # The torn frame comes last: its length would take in what follows.
+    yield "return", bytes([RETURN | 3 << 5]) + tagged(again + last_words(4, 2, 0), 1) + half
     late = one_page(5, text, packed=True) + round_end(0, 1) + streams.state(b"state")
-    yield "return-late", bytes([RETURN | SOCKET | 1 << 5]) + tagged(late) + tagged(last_words(1, 0, 0), 1)
+    yield "return-late", bytes([RETURN | SOCKET | 2 << 5]) + tagged(late) + tagged(last_words(2, 0, 0), 1)
     yield "query", bytes([OWN_HELLO]) + tagged(streams.message(messages.Query(migration=ID)))
 
 
