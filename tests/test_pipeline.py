@@ -32,7 +32,7 @@ class Rounds:
     planned: list[int] = field(default_factory=list)
     on_start: Callable[[int], None] = lambda _: None
 
-    def round_started(self, round_: int, pages: int) -> None:
+    def round_started(self, round_: int, pages: int, *, first_pass: bool) -> None:
         self.planned.append(pages)
         self.on_start(round_)
 

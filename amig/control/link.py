@@ -95,7 +95,7 @@ class Link:
         """Say who we are; returns the host's answer and its descriptors, the caller's to close."""
         hello = rq.Hello(
             version=types.VERSION,
-            require=("take-socket",) if want_memory else (),
+            require=("take-socket", "take-sync") if want_memory else (),
             want_memory=want_memory,
             client=client[:256],
         )

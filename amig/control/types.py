@@ -11,7 +11,9 @@ from amig.guest import Progress as Progress
 from amig.memory import MAX_REGIONS, MAX_SLOTS, MemoryMap, Region, Slot
 
 VERSION = 1
-FEATURES = frozenset({"take-socket", "migration-registry", "console", "guest-image", "apart", "vhost", "log-counters"})
+FEATURES = frozenset(
+    {"take-socket", "take-sync", "migration-registry", "console", "guest-image", "apart", "vhost", "log-counters"}
+)
 """What this version of the protocol can do beyond its fixed part; a client may require any of them by name."""
 
 MAX_FRAME = 64 << 10

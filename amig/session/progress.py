@@ -25,11 +25,16 @@ class ProgressMeter:
         self._before = 0
         self._began = time.monotonic()
         self._dirty_rate = 0.0
+        self._first_pass = True
+        self._whole = 0
+        """Pages of the first pass as it was planned first."""
         self._fraction = 0.0
 
-    def round_started(self, round_: int, pages: int) -> None:
+    def round_started(self, round_: int, pages: int, *, first_pass: bool) -> None:
         """A round has been planned."""
         self._round = round_
+        self._first_pass = first_pass
+        self._whole = max(self._whole, pages)
         self._planned = pages
         self._before = self._stats.pages_sent + self._stats.pages_zero
         self._began = time.monotonic()
@@ -70,8 +75,8 @@ class ProgressMeter:
     def _share(self, state: State, remaining: int) -> float:
         if state is State.COMPLETED:
             return 1.0
-        if self._round == 0:  # the first round is most of the way for a guest that converges
-            return 0.9 * (1 - remaining / self._planned) if self._planned else 0.0
+        if self._first_pass:  # most of the way for a guest that converges, over however many connections it takes
+            return 0.9 * (1 - remaining / self._whole) if self._whole else 0.0
         total = max(self._stats.pages_total, 1)
         return 0.9 + 0.09 * (1 - min(remaining / total, 1.0))
 
@@ -88,7 +93,7 @@ class ProgressMeter:
             return 0.0, ""
         if not rate:
             return None, "the first block to be sent"
-        if self._round == 0:
+        if self._first_pass:
             return left / rate, "the first pass over memory"
         fits = self._convergence.limits.downtime - self._convergence.set_aside
         if self._dirty_rate >= rate:

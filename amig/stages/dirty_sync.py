@@ -27,8 +27,8 @@ Ranges = dict[int, bitmap.Index]
 class Observer(Protocol):
     """Who is told how the rounds go."""
 
-    def round_started(self, round_: int, pages: int) -> None:
-        """A round has been planned."""
+    def round_started(self, round_: int, pages: int, *, first_pass: bool) -> None:
+        """A round has been planned; ``first_pass``: of memory of which a part was never sent."""
 
     def round_ended(self, round_: int, pages: int, remaining: int, seconds: float) -> None:
         """All its pages have been taken; ``remaining`` are dirty now."""
@@ -158,7 +158,7 @@ class DirtySync:
         ranges = {region: self._plan(region, words, present.get(region)) for region, words in dirty.items()}
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
         self._round_began = time.monotonic()
-        self._observer.round_started(self._round, self._planned)
+        self._observer.round_started(self._round, self._planned, first_pass=sparse)
         if await self._emit_extents(ranges, present):
             self._sparse = False
         await self._out.send(RoundEnd(round=self._round), 0)
