@@ -14,7 +14,8 @@ from amig.errors import LinkLost, PeerError
 from amig.events import Event, Progress, State, StateChanged
 from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
-from amig.policy import Policy
+from amig.policy import STALL, Policy
+from amig.session import agreement
 from amig.session.door import Asked
 from amig.session.endpoints import open_destination
 from amig.session.inbound import Inbound, Phase
@@ -62,6 +63,7 @@ class Receiver:
     def __init__(self, keep: float, *, deaf: bool) -> None:
         self.guest = ModelIncoming()
         self.keep = keep
+        self.stall = STALL
         self.deaf = deaf
         self.address = ""
         self.error: BaseException | None = None
@@ -83,6 +85,8 @@ class Receiver:
             release="test",
             on_phase=self._phase,
             keep=self.keep,
+            keepalive=self.stall / 4,
+            stall=self.stall,
         )
         try:
             await self.inbound.run()
@@ -524,3 +528,54 @@ async def test_stopping_the_receiver_while_it_waits_discards_what_came() -> None
                     receiver.task = asyncio.create_task(asyncio.sleep(0))
     assert receiver.guest.calls == ["build", "discard"]
     assert_stayed(guest)
+
+
+# --- links that die again --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Held, Resumed])
+async def test_a_link_that_dies_silently_while_the_answer_is_told_holds_up_nobody_for_ever(
+    kind: type[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+    stuck: list[FramedConnection] = []
+
+    async def swallowed(self: FramedConnection, message: Message) -> int:
+        if isinstance(message, kind) and not stuck:
+            stuck.append(self)
+            await asyncio.get_running_loop().create_future()  # as when no window opens any more
+        return await send(self, message)
+
+    monkeypatch.setattr(FramedConnection, "send_message", swallowed)
+    async with receiving() as receiver, asyncio.timeout(30):
+        receiver.stall = 0.2
+        policy = Policy(bandwidth=8e6, **(QUICK | {"connect_timeout": 0.5}))  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1 << 20])) as migration:
+            pass
+        result = await migration.result()
+    assert stuck
+    assert result.reconnects == 1
+    assert_moved(guest, receiver)
+
+
+async def test_a_destination_may_say_for_long_what_it_has_as_long_as_it_says_something() -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+    pause = 0.3
+
+    async def slowly(self: FramedConnection, message: Message) -> int:
+        if isinstance(message, Held | Resumed | Join):
+            await asyncio.sleep(pause)
+        return await send(self, message)
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FramedConnection, "send_message", slowly)
+            patch.setattr(agreement, "_WORDS", 8)  # several messages for so small a guest
+            policy = Policy(bandwidth=8e6, streams=2, **(QUICK | {"connect_timeout": 2 * pause}))  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [2 << 20])) as migration:
+                pass
+        result = await migration.result()
+    assert result.reconnects == 1
+    assert_moved(guest, receiver)

@@ -357,12 +357,24 @@ class Inbound:
         except PeerError as error:
             await self._refuse("refused", str(error))
             raise
-        with contextlib.suppress(LinkLost):  # then it comes again
+        try:
             for part in told(answer.held):
-                await self._link.send_message(part)
-            await self._link.send_message(Resumed(migration=self.migration, rounds=answer.rounds, token=token))
+                await self._say(part)
+            await self._say(Resumed(migration=self.migration, rounds=answer.rounds, token=token))
             await self._join(hello, token)
             self._enter(Phase.MEMORY)
+        except LinkLost:  # then it comes again
+            back.link.abort()
+
+    async def _say(self, message: Message) -> None:
+        """Send while nothing watches the connection. Raises `LinkLost` when the source does not take it in time."""
+        try:
+            async with asyncio.timeout(self._stall):
+                await self._link.send_message(message)
+        except TimeoutError:
+            raise LinkLost(
+                f"{self._link.peer} did not take {type(message).__name__} within {self._stall:g} s"
+            ) from None
 
     async def _placed(self, round_: int) -> None:
         if not self._protocol.may_send(FrameType.PLACED):  # not when the source is just saying why it gives up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted, VerifyFailed
 from amig.guest import Outcome
@@ -122,7 +122,7 @@ class Peer:
         await self._join(answer.streams, answer.token)
         return answer.identity
 
-    async def _join(self, streams: int, token: bytes) -> None:
+    async def _join(self, streams: int, token: bytes, joined_one: Callable[[], None] = lambda: None) -> None:
         for stream in range(1, streams):
             link = await self._connect(SourceProtocol())
             await link.send_message(Join(migration=self._migration, token=token, stream=stream))
@@ -130,6 +130,7 @@ class Peer:
             if isinstance(joined, Refuse):
                 raise Refused(f"{self.address} refused connection {stream}: {joined.reason}")
             assert isinstance(joined, Joined)  # noqa: S101 - as above
+            joined_one()
 
     async def _connect(self, protocol: SourceProtocol) -> FramedConnection:
         link = FramedConnection(await self._dialer.connect(timeout=self._connect_timeout), protocol)
@@ -185,18 +186,23 @@ class Peer:
         self._protocol = SourceProtocol()
         self._prepared = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(self._connect_timeout):
-                return await self._resume(since, round_)
+            async with asyncio.timeout(self._connect_timeout) as limit:
+                return await self._resume(since, round_, limit)
         except TimeoutError:
             raise LinkLost(f"{self.address} did not answer within {self._connect_timeout:g} s") from None
 
-    async def _resume(self, since: int, round_: int) -> Answer:
+    async def _resume(self, since: int, round_: int, limit: asyncio.Timeout) -> Answer:
+        def go_on() -> None:  # what a large guest's destination has may take long to say: the limit is on silence
+            limit.reschedule(asyncio.get_running_loop().time() + self._connect_timeout)
+
         hello, welcome = self._hello, self._welcome
         assert hello is not None and welcome is not None  # noqa: S101, PT018 - open comes first
         first = await self._connect(self._protocol)
         await first.send_message(Resume(migration=self._migration, token=welcome.token, since=since, round=round_))
         hearing = Hearing(hello.memory)
+        go_on()
         while isinstance(message := await first.receive(), Held):
+            go_on()
             hearing.add(message)
         if isinstance(message, Refuse):
             raise Refused(f"{self.address} refused: {message.reason}")
@@ -205,7 +211,8 @@ class Peer:
             raise PeerError(f"{self.address} goes on with another migration")
         answer = hearing.answer(message.rounds)
         try:
-            await self._join(welcome.streams, message.token)
+            go_on()
+            await self._join(welcome.streams, message.token, go_on)
         except Refused as error:  # it knows us, and has lost patience or a connection: there is a next time
             raise LinkLost(str(error)) from error
         return answer
