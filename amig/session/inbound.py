@@ -130,7 +130,8 @@ class Inbound:
         """Receive the guest and start it. On any error nothing of it is left; cancelling discards it, too.
 
         Raises `Refused`, `PeerError`, `LinkLost`, `VerifyFailed`, `MigrationError` (the source gave up), and
-        `WasAsked` when there was a question on the connection, which has been answered.
+        `WasAsked` when there was a question on the connection, which has been answered, or a source that wants to go on
+        with a migration that is not here, which has been refused.
         """
         try:
             with one_error():
@@ -170,7 +171,8 @@ class Inbound:
             raise WasAsked(await answer(self._link, message, self._records))
         if isinstance(message, Resume):
             await self._refuse(UNKNOWN, f"nothing is kept here of migration {message.migration}")
-            raise PeerError(f"{self._link.peer} wanted to go on with migration {message.migration}, which is not here")
+            # Of a migration that this receiver never had, or has let go: no reason to stop waiting for one.
+            raise WasAsked(Answered(message.migration, None, confirmed=False), wanted="wanted to go on with")
         if not isinstance(message, Hello):
             await self._refuse("not-migrating", "no migration is under way here")
             raise PeerError(f"{self._link.peer} sent {type(message).__name__} to a host that waits for a migration")

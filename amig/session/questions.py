@@ -67,9 +67,9 @@ class Answered(NamedTuple):
 class WasAsked(MigrationError):
     """The connection brought a question, which has been answered, and no migration."""
 
-    def __init__(self, answered: Answered) -> None:
+    def __init__(self, answered: Answered, wanted: str = "asked what became of") -> None:
         said = answered.outcome or "nothing is known"
-        super().__init__(f"somebody asked what became of migration {answered.migration}: {said}")
+        super().__init__(f"somebody {wanted} migration {answered.migration}: {said}")
         self.answered = answered
 
 
