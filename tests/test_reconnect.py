@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,12 +17,14 @@ from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import STALL, Policy
 from amig.session import agreement
+from amig.session.destination import OutOfPatience
 from amig.session.door import Asked
 from amig.session.endpoints import open_destination
 from amig.session.inbound import Inbound, Phase
 from amig.session.migration import Migration
 from amig.session.peer import Peer
 from amig.session.questions import Records
+from amig.session.source import SourceSession
 from amig.stages.resumption import Answer
 from amig.transport import Dialer, listen
 from amig.transport.framed import FramedConnection
@@ -323,6 +326,54 @@ async def test_a_page_that_is_a_hole_only_after_it_arrived_is_zero_there() -> No
         async with Migration(guest, receiver.address, policy, on_event=on_event):
             pass
     assert not guest.array.arrays[0][early].any()
+    assert_moved(guest, receiver)
+
+
+async def test_a_page_that_is_a_hole_since_it_was_lost_on_the_way_is_right_there() -> None:
+    """It was read, and its digest taken, but never placed; nobody reads it again."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    everything = np.arange(PAGES)
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            guest.write(everything, zero=True)
+            guest.array.touched[0][everything] = False
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [3 << 20])
+        policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+        result = await migration.result()
+    assert result.reconnects == 1
+    assert result.verified == "digests"
+    assert_moved(guest, receiver)
+
+
+async def test_a_watch_that_strikes_when_the_guest_has_just_moved_spoils_nothing() -> None:
+    guest = busy_guest()
+    finish = Peer.finish
+    strike = asyncio.Event()
+
+    async def out_of_patience(self: SourceSession) -> None:
+        await strike.wait()
+        raise OutOfPatience("too late")
+
+    async def and_strike(self: Peer, *what: Any) -> None:
+        await finish(self, *what)
+        strike.set()
+        await asyncio.sleep(0)  # the watch fails: its group cancels us at the next thing that we wait for
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SourceSession, "_bound_pause", out_of_patience)
+            patch.setattr(Peer, "finish", and_strike)
+            async with Migration(guest, receiver.address, Policy(**QUICK)) as migration:  # type: ignore[arg-type]
+                pass
+        result = await migration.result()
+    assert result.status == "completed"
     assert_moved(guest, receiver)
 
 
