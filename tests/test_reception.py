@@ -6,9 +6,14 @@ import asyncio
 
 import pytest
 
-from amig.errors import HostError
+from amig.errors import HostError, Refused
 from amig.host.attach import open_control
 from amig.host.hosted import How
+from amig.session.asking import query
+from amig.session.questions import UNKNOWN
+from amig.transport import Dialer
+from amig.transport.framed import FramedConnection
+from amig.wire.messages import Refuse, Resume
 from tests.moving import homes, receiving
 
 __all__ = ["homes"]
@@ -37,3 +42,18 @@ async def test_waiting_can_be_given_up_and_taken_up_again() -> None:
         assert not waiting.done()
         waiting.cancel()
         await asyncio.wait([waiting])
+
+
+async def test_a_source_that_comes_back_to_a_receiver_started_anew_does_not_end_it() -> None:
+    async with receiving(once=True) as reception:
+        link = FramedConnection(await Dialer(reception.address).connect(timeout=5))
+        try:
+            await link.send_message(Resume(migration="f" * 32, token=bytes(32), since=0, round=1))
+            answer = await link.receive()
+            assert isinstance(answer, Refuse)
+            assert answer.code == UNKNOWN
+        finally:
+            link.abort()
+        # Whoever comes after it is looked at: it waits on.
+        with pytest.raises(Refused, match="nothing is known"):
+            await query(Dialer(reception.address), "f" * 32)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from amig.errors import LinkLost, PeerError
+from amig.errors import LinkLost, PeerError, Refused
 from amig.events import Event, Progress, State, StateChanged
 from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
-from amig.policy import Policy
+from amig.policy import STALL, Policy
+from amig.session import agreement, door
+from amig.session.destination import OutOfPatience
 from amig.session.door import Asked
 from amig.session.endpoints import open_destination
 from amig.session.inbound import Inbound, Phase
 from amig.session.migration import Migration
 from amig.session.peer import Peer
 from amig.session.questions import Records
-from amig.stages.resumption import Answer
-from amig.transport import Dialer, listen
+from amig.session.source import SourceSession
+from amig.stages.resumption import Answer, Placement
+from amig.transport import Connection, Dialer, listen
 from amig.transport.framed import FramedConnection
 from amig.wire import limits
 from amig.wire.frametype import FrameType
@@ -62,6 +66,8 @@ class Receiver:
     def __init__(self, keep: float, *, deaf: bool) -> None:
         self.guest = ModelIncoming()
         self.keep = keep
+        self.stall = STALL
+        self.records = Records()
         self.deaf = deaf
         self.address = ""
         self.error: BaseException | None = None
@@ -83,6 +89,9 @@ class Receiver:
             release="test",
             on_phase=self._phase,
             keep=self.keep,
+            keepalive=self.stall / 4,
+            stall=self.stall,
+            records=self.records,
         )
         try:
             await self.inbound.run()
@@ -322,6 +331,54 @@ async def test_a_page_that_is_a_hole_only_after_it_arrived_is_zero_there() -> No
     assert_moved(guest, receiver)
 
 
+async def test_a_page_that_is_a_hole_since_it_was_lost_on_the_way_is_right_there() -> None:
+    """It was read, and its digest taken, but never placed; nobody reads it again."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    everything = np.arange(PAGES)
+
+    def on_event(event: Event) -> None:
+        cut(event)
+        if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+            guest.write(everything, zero=True)
+            guest.array.touched[0][everything] = False
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        cut = cutting(receiver, [3 << 20])
+        policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+            pass
+        result = await migration.result()
+    assert result.reconnects == 1
+    assert result.verified == "digests"
+    assert_moved(guest, receiver)
+
+
+async def test_a_watch_that_strikes_when_the_guest_has_just_moved_spoils_nothing() -> None:
+    guest = busy_guest()
+    finish = Peer.finish
+    strike = asyncio.Event()
+
+    async def out_of_patience(self: SourceSession) -> None:
+        await strike.wait()
+        raise OutOfPatience("too late")
+
+    async def and_strike(self: Peer, *what: Any) -> None:
+        await finish(self, *what)
+        strike.set()
+        await asyncio.sleep(0)  # the watch fails: its group cancels us at the next thing that we wait for
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SourceSession, "_bound_pause", out_of_patience)
+            patch.setattr(Peer, "finish", and_strike)
+            async with Migration(guest, receiver.address, Policy(**QUICK)) as migration:  # type: ignore[arg-type]
+                pass
+        result = await migration.result()
+    assert result.status == "completed"
+    assert_moved(guest, receiver)
+
+
 async def test_holes_are_not_read_after_a_return_either() -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(1000, 2000))
@@ -480,6 +537,165 @@ async def test_others_are_refused_and_the_source_can_still_come_back(wrong: str)
     assert refused == [None] or isinstance(refused[0], Refuse)
 
 
+async def test_what_a_source_said_on_an_earlier_return_and_comes_late_changes_nothing() -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+    said: list[Resume] = []
+    late: list[asyncio.Task[Message | None]] = []
+
+    async def noted(self: FramedConnection, message: Message) -> int:
+        if isinstance(message, Resume):
+            said.append(message)
+        return await send(self, message)
+
+    async with receiving() as receiver, asyncio.timeout(60):
+        cut = cutting(receiver, [1 << 20])
+
+        def on_event(event: Event) -> None:
+            cut(event)
+            if said and not late and isinstance(event, Progress) and event.bytes_sent >= 4 << 20:
+                late.append(asyncio.create_task(says(receiver.address, said[0])))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FramedConnection, "send_message", noted)
+            policy = Policy(bandwidth=4e6, **QUICK)  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=on_event) as migration:
+                pass
+        result = await migration.result()
+        answer = await late[0]
+    assert isinstance(answer, Refuse)
+    assert answer.code == "stale"
+    assert result.reconnects == 1
+    assert_moved(guest, receiver)
+
+
+async def test_a_return_that_turns_out_stale_only_when_all_is_placed_does_not_end_the_migration() -> None:
+    guest = busy_guest()
+    go_on = Placement.go_on
+    stale: list[int] = []
+
+    def once(self: Placement, since: int, round_: int) -> Answer:
+        if not stale:
+            stale.append(round_)
+            raise PeerError("the source says that it began with another round")
+        return go_on(self, since, round_)
+
+    async def ends(self: Peer, since: int, round_: int) -> Answer:
+        try:
+            return await resume(self, since, round_)
+        except Refused as error:  # what was refused is some other connection's word
+            raise LinkLost(str(error)) from error
+
+    resume = Peer.resume
+    async with receiving() as receiver, asyncio.timeout(60):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Placement, "go_on", once)
+            patch.setattr(Peer, "resume", ends)
+            policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1 << 20])):
+                pass
+    assert stale
+    assert_moved(guest, receiver)
+
+
+async def test_who_connects_and_says_nothing_keeps_no_source_waiting() -> None:
+    guest = busy_guest()
+    silent: list[Connection] = []
+    async with receiving() as receiver, asyncio.timeout(60):
+        held = asyncio.Event()
+        resume = Peer.resume
+
+        async def later(self: Peer, since: int, round_: int) -> Answer:
+            await held.wait()
+            return await resume(self, since, round_)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", later)
+            patch.setattr(door, "PATIENCE", 1000.0)
+            patch.setattr(door, "MAX_STRANGERS", 4)
+            policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                await lost_to(receiver, migration)
+                for _ in range(10):
+                    silent.append(await Dialer(receiver.address).connect(timeout=5))  # noqa: PERF401
+                held.set()
+        result = await migration.result()
+        for connection in silent:
+            connection.abort()
+    assert result.reconnects == 1
+    assert_moved(guest, receiver)
+
+
+async def test_another_migration_is_told_for_whom_the_guest_is_kept_and_what_to_do() -> None:
+    guest = busy_guest()
+    async with receiving(keep=1.0) as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Peer, "resume", nobody_there)
+            policy = Policy(bandwidth=8e6, **(QUICK | {"reconnect": 0.5}))  # type: ignore[arg-type]
+            with pytest.raises(LinkLost):
+                async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
+                    await lost_to(receiver, migration)
+                    answer = await says(receiver.address, HELLO)
+    assert isinstance(answer, Refuse)
+    assert answer.code == "busy"
+    for words in ("kept here for a source that lost its connection", "s more", "amig stop"):
+        assert words in answer.reason
+
+
+async def test_a_source_that_gives_up_tells_a_destination_that_keeps_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else that would refuse everybody for as long as it keeps it."""
+    guest = busy_guest()
+
+    class Known(Records):
+        async def outcome(self, migration: str) -> Outcome | None:
+            return Outcome.DISCARDED
+
+    async with receiving(keep=1000.0) as receiver, asyncio.timeout(30):
+        receiver.records = Known()
+        monkeypatch.setattr(Peer, "resume", nobody_there)
+
+        def on_event(event: Event) -> None:
+            cut(event)
+            if isinstance(event, StateChanged) and event.state is State.RECONNECTING:
+                migration.cancel()
+
+        cut = cutting(receiver, [1])
+        async with Migration(guest, receiver.address, Policy(bandwidth=8e6, **QUICK), on_event=on_event) as migration:  # type: ignore[arg-type]
+            pass
+        assert migration.cancelled
+    assert isinstance(receiver.error, Asked)
+    assert receiver.guest.calls[-1] == "discard"
+    assert_stayed(guest)
+
+
+async def test_a_destination_that_is_busy_for_a_moment_is_asked_again() -> None:
+    """It tidies up after an attempt that was cancelled."""
+    guest = busy_guest()
+    listener = await listen("tcp://127.0.0.1:0")
+    receiver = Receiver(KEEP, deaf=False)
+
+    async def first_busy() -> None:
+        for _ in range(2):
+            link = FramedConnection(await listener.accept())
+            await link.receive()
+            await link.send_message(Refuse(code="busy", reason="guest web1 is arriving here"))
+            await link.close()
+        await receiver.run(listener)
+
+    running = asyncio.create_task(first_busy())
+    try:
+        async with asyncio.timeout(30), Migration(guest, listener.address, Policy(**QUICK)):  # type: ignore[arg-type]
+            pass
+        await running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await listener.close()
+    assert_moved(guest, receiver)
+
+
 async def test_a_question_ends_the_waiting_durably() -> None:
     guest = busy_guest()
     asked: list[str] = []
@@ -524,3 +740,54 @@ async def test_stopping_the_receiver_while_it_waits_discards_what_came() -> None
                     receiver.task = asyncio.create_task(asyncio.sleep(0))
     assert receiver.guest.calls == ["build", "discard"]
     assert_stayed(guest)
+
+
+# --- links that die again --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Held, Resumed])
+async def test_a_link_that_dies_silently_while_the_answer_is_told_holds_up_nobody_for_ever(
+    kind: type[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+    stuck: list[FramedConnection] = []
+
+    async def swallowed(self: FramedConnection, message: Message) -> int:
+        if isinstance(message, kind) and not stuck:
+            stuck.append(self)
+            await asyncio.get_running_loop().create_future()  # as when no window opens any more
+        return await send(self, message)
+
+    monkeypatch.setattr(FramedConnection, "send_message", swallowed)
+    async with receiving() as receiver, asyncio.timeout(30):
+        receiver.stall = 1.0
+        policy = Policy(bandwidth=8e6, **(QUICK | {"connect_timeout": 1.0}))  # type: ignore[arg-type]
+        async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1 << 20])) as migration:
+            pass
+        result = await migration.result()
+    assert stuck
+    assert result.reconnects
+    assert_moved(guest, receiver)
+
+
+async def test_a_destination_may_say_for_long_what_it_has_as_long_as_it_says_something() -> None:
+    guest = busy_guest()
+    send = FramedConnection.send_message
+    pause = 0.3
+
+    async def slowly(self: FramedConnection, message: Message) -> int:
+        if isinstance(message, Held | Resumed | Join):
+            await asyncio.sleep(pause)
+        return await send(self, message)
+
+    async with receiving() as receiver, asyncio.timeout(30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FramedConnection, "send_message", slowly)
+            patch.setattr(agreement, "_WORDS", 8)  # several messages for so small a guest
+            policy = Policy(bandwidth=8e6, streams=2, **(QUICK | {"connect_timeout": 2 * pause}))  # type: ignore[arg-type]
+            async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [2 << 20])) as migration:
+                pass
+        result = await migration.result()
+    assert result.reconnects == 1
+    assert_moved(guest, receiver)

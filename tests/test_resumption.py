@@ -167,10 +167,10 @@ def test_an_answer_that_was_not_heard_is_given_again() -> None:
     here = placement(5)
     first = here.answer(0)
     assert (first.rounds, numbers(first.held[3])) == (1, [5])
-    here.go_on(first, 0, 4)
+    here.go_on(0, 4)
     again = here.answer(0)
     assert (again.rounds, numbers(again.held[3])) == (1, [5])
-    here.go_on(again, 0, 6)
+    here.go_on(0, 6)
     assert here.rounds == 6
     heard = here.answer(6)
     assert (heard.rounds, numbers(heard.held[3])) == (6, [])
@@ -178,7 +178,7 @@ def test_an_answer_that_was_not_heard_is_given_again() -> None:
 
 def test_a_source_that_heard_nothing_and_yet_sent_something_is_refused() -> None:
     here = placement(5)
-    here.go_on(here.answer(0), 0, 4)
+    here.go_on(0, 4)
     assert here.current is not None
     here.current[3] |= pages(1)
     with pytest.raises(PeerError, match="began with round 0"):
@@ -190,7 +190,7 @@ def test_a_source_that_heard_nothing_and_yet_sent_something_is_refused() -> None
 def test_a_round_that_was_used_is_not_used_again() -> None:
     here = placement(5)
     with pytest.raises(PeerError, match="which it has used"):
-        here.go_on(here.answer(0), 0, 1)
+        here.go_on(0, 1)
 
 
 def test_a_round_that_ends_leaves_nothing_to_be_named() -> None:
@@ -234,6 +234,21 @@ async def test_one_that_answers_nothing_is_asked_once_and_then_lost() -> None:
     with pytest.raises(LinkLost, match="nothing has come from somebody"):
         await watched(link)
     assert [type(message) for message in link.said] == [Ping]
+
+
+async def test_our_own_question_is_no_sign_of_life() -> None:
+    link = Silent()
+    looks = 0
+
+    def outstanding() -> int:
+        nonlocal looks
+        looks += 1
+        return 0
+
+    link.outstanding = outstanding  # type: ignore[method-assign]
+    with pytest.raises(LinkLost):
+        await watched(link)
+    assert looks == 1 + 4 + 1, "the first look, four that see nothing, and one before the question"
 
 
 async def test_one_that_answers_is_asked_again_and_again() -> None:

@@ -38,6 +38,9 @@ def test_numbers_of_frame_types_never_change():
         "PONG": 17,
         "QUERY": 18,
         "DIGESTS": 22,
+        "RESUME": 23,
+        "RESUMED": 24,
+        "HELD": 25,
     }
 
 

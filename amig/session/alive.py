@@ -28,13 +28,19 @@ async def keep_alive(
     """
     tick = min(every, limit / 4)
     most, idle, seq = math.ceil(limit / tick), 0, 0
-    seen: object = None
+    seen: list[tuple[int, int, int | None]] = []
+    pinged = False
     asked = -1
     ping: asyncio.Task[int] | None = None
     try:
         while True:
             await asyncio.sleep(tick)
             signs = [_signs(link) for link in links]
+            if pinged and ping is not None and ping.done() and not ping.cancelled() and ping.exception() is None:
+                # Our own question is no sign of life, or silence would be noticed later by as long as it took to ask.
+                if signs[1:] == seen[1:] and _but_for(ping.result(), seen[0], signs[0]):
+                    seen = signs
+                pinged = False
             if signs != seen or not while_():
                 seen, idle = signs, 0
                 continue
@@ -50,6 +56,7 @@ async def keep_alive(
                 message = Ping(seq=seq, sent_ns=time.monotonic_ns())
                 ping = asyncio.ensure_future(links[0].send_message(message))
                 ping.add_done_callback(_looked_at)
+                pinged = True
     finally:
         if ping is not None:
             ping.cancel()
@@ -58,6 +65,11 @@ async def keep_alive(
 def _signs(link: FramedConnection) -> tuple[int, int, int | None]:
     connection = link.connection
     return connection.bytes_received, connection.bytes_sent, connection.outstanding()
+
+
+def _but_for(size: int, before: tuple[int, int, int | None], now: tuple[int, int, int | None]) -> bool:
+    """Whether nothing has moved but so many bytes of ours, acknowledged or not."""
+    return now[:2] == (before[0], before[1] + size) and (now[2] or 0) in ((before[2] or 0), (before[2] or 0) + size)
 
 
 def _quiet(link: FramedConnection) -> bool:

@@ -32,6 +32,7 @@ from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    BUSY,
     RESUME_FEATURE,
     VERIFY_FAILED,
     Abort,
@@ -130,7 +131,8 @@ class Inbound:
         """Receive the guest and start it. On any error nothing of it is left; cancelling discards it, too.
 
         Raises `Refused`, `PeerError`, `LinkLost`, `VerifyFailed`, `MigrationError` (the source gave up), and
-        `WasAsked` when there was a question on the connection, which has been answered.
+        `WasAsked` when there was a question on the connection, which has been answered, or a source that wants to go on
+        with a migration that is not here, which has been refused.
         """
         try:
             with one_error():
@@ -170,7 +172,8 @@ class Inbound:
             raise WasAsked(await answer(self._link, message, self._records))
         if isinstance(message, Resume):
             await self._refuse(UNKNOWN, f"nothing is kept here of migration {message.migration}")
-            raise PeerError(f"{self._link.peer} wanted to go on with migration {message.migration}, which is not here")
+            # Of a migration that this receiver never had, or has let go: no reason to stop waiting for one.
+            raise WasAsked(Answered(message.migration, None, confirmed=False), wanted="wanted to go on with")
         if not isinstance(message, Hello):
             await self._refuse("not-migrating", "no migration is under way here")
             raise PeerError(f"{self._link.peer} sent {type(message).__name__} to a host that waits for a migration")
@@ -245,11 +248,14 @@ class Inbound:
                     await link.send_message(Joined(stream=message.stream))
                     return message.stream
                 self._not_back(link, message)
-                await link.send_message(Refuse(code="busy", reason="another migration is arriving here"))
+                await link.send_message(Refuse(code=BUSY, reason="another migration is arriving here"))
         except _Back:
             raise
         except (LinkLost, PeerError, TimeoutError):
             pass
+        except BaseException:  # we have no more time for the others, either
+            link.abort()
+            raise
         return None
 
     def _not_back(self, link: FramedConnection, message: Message) -> None:
@@ -264,6 +270,7 @@ class Inbound:
         if door is None:
             await self._receive(filling)
         else:
+            door.check = lambda message: filling.placement.check(message.since, message.round)
             try:
                 while (back := await self._until_back(filling, door)) is not None:
                     await self._go_on(hello, filling, back)
@@ -328,11 +335,15 @@ class Inbound:
                 back.result().link.abort()
 
     async def _kept(self, back: asyncio.Future[Return], lost: LinkLost | None) -> Return:
+        assert self._door is not None  # noqa: S101 - it is what is waited at
+        self._door.kept_until = time.monotonic() + self._keep
         try:
             async with asyncio.timeout(self._keep):
                 return await asyncio.shield(back)
         except TimeoutError:
             raise LinkLost(f"{lost}; the source did not come back within {self._keep:g} s (--keep)") from lost
+        finally:
+            self._door.kept_until = None
 
     async def _receiving(self, filling: Filling) -> LinkLost | None:
         if self._streams > len(self._links):  # not all have joined: the source is on its way again
@@ -350,19 +361,31 @@ class Inbound:
         self._link, self._links = back.link, [back.link]
         assert isinstance(back.link.protocol, DestinationProtocol)  # noqa: S101 - the door has made it
         self._protocol = back.link.protocol
-        message, placement, token = back.message, filling.placement, secrets.token_bytes(32)
         try:
-            answer = placement.answer(message.since)
-            placement.go_on(answer, message.since, message.round)
-        except PeerError as error:
-            await self._refuse("refused", str(error))
-            raise
-        with contextlib.suppress(LinkLost):  # then it comes again
+            answer = filling.placement.go_on(back.message.since, back.message.round)
+        except PeerError as error:  # it could be when it was let in; what was on its way then has been placed since
+            await self._refuse("stale", str(error))
+            back.link.abort()
+            return
+        token = secrets.token_bytes(32)
+        try:
             for part in told(answer.held):
-                await self._link.send_message(part)
-            await self._link.send_message(Resumed(migration=self.migration, rounds=answer.rounds, token=token))
+                await self._say(part)
+            await self._say(Resumed(migration=self.migration, rounds=answer.rounds, token=token))
             await self._join(hello, token)
             self._enter(Phase.MEMORY)
+        except LinkLost:  # then it comes again
+            back.link.abort()
+
+    async def _say(self, message: Message) -> None:
+        """Send while nothing watches the connection. Raises `LinkLost` when the source does not take it in time."""
+        try:
+            async with asyncio.timeout(self._stall):
+                await self._link.send_message(message)
+        except TimeoutError:
+            raise LinkLost(
+                f"{self._link.peer} did not take {type(message).__name__} within {self._stall:g} s"
+            ) from None
 
     async def _placed(self, round_: int) -> None:
         if not self._protocol.may_send(FrameType.PLACED):  # not when the source is just saying why it gives up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from amig.errors import AmigError, InDoubt, LinkLost, MigrationError, PeerError, Refused, Untrusted, VerifyFailed
 from amig.guest import Outcome
@@ -21,6 +21,7 @@ from amig.transport import Dialer
 from amig.transport.framed import FramedConnection
 from amig.wire.frametype import FrameType
 from amig.wire.messages import (
+    BUSY,
     RESUME_FEATURE,
     VERIFY_FAILED,
     Abort,
@@ -54,6 +55,10 @@ MAX_PAUSE = 2.0
 """Seconds between two questions after a lost answer."""
 
 
+class _Busy(Refused):
+    """Not now."""
+
+
 class Peer:
     """`Destination` over sockets: one connection for control and memory, and more for memory."""
 
@@ -84,6 +89,8 @@ class Peer:
         self._migration = ""
         self._protocol = SourceProtocol()
         self._placed: Placed = _nothing_sent
+        self._gave_up = False
+        """Whether the destination has said that it throws away what it has."""
         self._committed = False
         """Whether the guest has been given away: from then on only the destination's word ends this."""
         loop = asyncio.get_running_loop()
@@ -93,15 +100,31 @@ class Peer:
         """Release of amig at the destination, for people."""
 
     async def open(self, hello: Hello) -> str:
-        """Connect, agree, and join the further connections."""
-        try:
-            async with asyncio.timeout(self._connect_timeout):
-                return await self._open(hello)
-        except TimeoutError:
-            raise LinkLost(
-                f"{self.address} did not answer within {self._connect_timeout:g} s: is it `amig receive` that listens "
-                "there, and is it free? (--connect-timeout waits longer)"
-            ) from None
+        """Connect, agree, and join the further connections.
+
+        A destination that is busy is asked again for as long: it may just be tidying up after an attempt of our own
+        that was cancelled.
+        """
+        until = time.monotonic() + self._connect_timeout
+        pause = FIRST_PAUSE
+        busy = ""
+        while True:
+            try:
+                async with asyncio.timeout(max(until - time.monotonic(), 0)):
+                    return await self._open(hello)
+            except _Busy as error:
+                busy = str(error)
+            except TimeoutError:
+                if not busy:
+                    raise LinkLost(
+                        f"{self.address} did not answer within {self._connect_timeout:g} s: is it `amig receive` that "
+                        "listens there, and is it free? (--connect-timeout waits longer)"
+                    ) from None
+            if time.monotonic() + pause > until:
+                raise Refused(busy)
+            self._drop()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE)
 
     async def _open(self, hello: Hello) -> str:
         self._migration = hello.migration
@@ -109,7 +132,8 @@ class Peer:
         await first.send_message(hello)
         answer = await _answer(first)
         if isinstance(answer, Refuse):
-            raise Refused(f"{self.address} refused: {answer.reason}")
+            kind = _Busy if answer.code == BUSY else Refused
+            raise kind(f"{self.address} refused: {answer.reason}")
         assert isinstance(answer, Welcome)  # noqa: S101 - the table of states lets nothing else through
         if answer.migration != hello.migration or not set(hello.features_required) <= set(answer.features):
             raise PeerError(f"{self.address} welcomed another migration, or without the features asked for")
@@ -122,7 +146,7 @@ class Peer:
         await self._join(answer.streams, answer.token)
         return answer.identity
 
-    async def _join(self, streams: int, token: bytes) -> None:
+    async def _join(self, streams: int, token: bytes, joined_one: Callable[[], None] = lambda: None) -> None:
         for stream in range(1, streams):
             link = await self._connect(SourceProtocol())
             await link.send_message(Join(migration=self._migration, token=token, stream=stream))
@@ -130,6 +154,7 @@ class Peer:
             if isinstance(joined, Refuse):
                 raise Refused(f"{self.address} refused connection {stream}: {joined.reason}")
             assert isinstance(joined, Joined)  # noqa: S101 - as above
+            joined_one()
 
     async def _connect(self, protocol: SourceProtocol) -> FramedConnection:
         link = FramedConnection(await self._dialer.connect(timeout=self._connect_timeout), protocol)
@@ -179,24 +204,33 @@ class Peer:
 
     async def resume(self, since: int, round_: int) -> Answer:
         """Drop all connections, connect anew, and agree on what the destination has; see `Destination.resume`."""
+        self._drop()
+        self._prepared = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._connect_timeout) as limit:
+                return await self._resume(since, round_, limit)
+        except TimeoutError:
+            raise LinkLost(f"{self.address} did not answer within {self._connect_timeout:g} s") from None
+
+    def _drop(self) -> None:
+        """Drop all connections; the next one begins anew."""
         links, self._links = self._links, []
         for link in links:
             link.abort()
         self._protocol = SourceProtocol()
-        self._prepared = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(self._connect_timeout):
-                return await self._resume(since, round_)
-        except TimeoutError:
-            raise LinkLost(f"{self.address} did not answer within {self._connect_timeout:g} s") from None
 
-    async def _resume(self, since: int, round_: int) -> Answer:
+    async def _resume(self, since: int, round_: int, limit: asyncio.Timeout) -> Answer:
+        def go_on() -> None:  # what a large guest's destination has may take long to say: the limit is on silence
+            limit.reschedule(asyncio.get_running_loop().time() + self._connect_timeout)
+
         hello, welcome = self._hello, self._welcome
         assert hello is not None and welcome is not None  # noqa: S101, PT018 - open comes first
         first = await self._connect(self._protocol)
         await first.send_message(Resume(migration=self._migration, token=welcome.token, since=since, round=round_))
         hearing = Hearing(hello.memory)
+        go_on()
         while isinstance(message := await first.receive(), Held):
+            go_on()
             hearing.add(message)
         if isinstance(message, Refuse):
             raise Refused(f"{self.address} refused: {message.reason}")
@@ -205,7 +239,8 @@ class Peer:
             raise PeerError(f"{self.address} goes on with another migration")
         answer = hearing.answer(message.rounds)
         try:
-            await self._join(welcome.streams, message.token)
+            go_on()
+            await self._join(welcome.streams, message.token, go_on)
         except Refused as error:  # it knows us, and has lost patience or a connection: there is a next time
             raise LinkLost(str(error)) from error
         return answer
@@ -228,6 +263,7 @@ class Peer:
                 if self._prepared.done() and not self._outcome.done():
                     self._outcome.set_result(Outcome.DISCARDED)
             case Abort():
+                self._gave_up = True
                 kind = VerifyFailed if message.code == VERIFY_FAILED else MigrationError
                 raise kind(f"{self.address} gave up: {message.reason}")
             case Ping():
@@ -295,14 +331,36 @@ class Peer:
             await confirm(self._links[0])
 
     async def abort(self, code: str, reason: str) -> None:
-        """Send ABORT if the states still allow it; then drop all connections."""
+        """Send ABORT if the states still allow it; then drop all connections.
+
+        Where none is left, a destination that may be keeping what it has is told in another way that nobody comes.
+        """
+        told = False
         if self._links and self._protocol.may_send(FrameType.ABORT):
             with contextlib.suppress(LinkLost, TimeoutError, OSError):
                 async with asyncio.timeout(_ABORT_TIMEOUT):
                     await self._links[0].send_message(Abort(code=code, reason=reason[:2000] or code))
+                    told = True
                     await self._links[0].close()
         for link in self._links:
             link.abort()
+        if not told and self._kept_there():
+            await self._let_go()
+
+    def _kept_there(self) -> bool:
+        """Whether the destination may be waiting for us to come back."""
+        if self._welcome is None or self.no_return or self._committed or self._gave_up:
+            return False
+        return self._protocol.state not in (SourceState.REFUSED, SourceState.RETURNED)
+
+    async def _let_go(self) -> None:
+        """Try for a moment to reach a destination that keeps what it has. Only a source that has given up asks."""
+        with contextlib.suppress(AmigError, TimeoutError, OSError):
+            async with asyncio.timeout(_ABORT_TIMEOUT):
+                link, outcome = await query(self._dialer, self._migration, timeout=_ABORT_TIMEOUT)
+                self._links.append(link)  # closed with the others
+                if outcome is Outcome.DISCARDED:
+                    await confirm(link)
 
     async def close(self) -> None:
         """Close all connections."""

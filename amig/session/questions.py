@@ -18,7 +18,7 @@ from amig.guest import Outcome
 from amig.host import handover
 from amig.transport import Connection, Listener
 from amig.transport.framed import FramedConnection
-from amig.wire.messages import Discarded, Ping, Query, Refuse, Running
+from amig.wire.messages import BUSY, Discarded, Ping, Query, Refuse, Running
 from amig.wire.states import DestinationProtocol
 
 PATIENCE = 10.0
@@ -67,9 +67,9 @@ class Answered(NamedTuple):
 class WasAsked(MigrationError):
     """The connection brought a question, which has been answered, and no migration."""
 
-    def __init__(self, answered: Answered) -> None:
+    def __init__(self, answered: Answered, wanted: str = "asked what became of") -> None:
         said = answered.outcome or "nothing is known"
-        super().__init__(f"somebody asked what became of migration {answered.migration}: {said}")
+        super().__init__(f"somebody {wanted} migration {answered.migration}: {said}")
         self.answered = answered
 
 
@@ -133,7 +133,7 @@ async def answer_only(connection: Connection, records: Records) -> Answered | No
             if isinstance(message, Query):
                 answered = await answer(link, message, records)
             else:
-                await link.send_message(Refuse(code="busy", reason="there is a guest here already"))
+                await link.send_message(Refuse(code=BUSY, reason="there is a guest here already"))
             await link.close()
     except (LinkLost, PeerError, TimeoutError, OSError):
         pass

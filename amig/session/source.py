@@ -34,7 +34,7 @@ from amig.session import verify
 from amig.session.destination import Destination, OutOfPatience
 from amig.session.progress import ProgressMeter, Tell
 from amig.session.reconnect import reconnect
-from amig.session.tasks import apart, one_error
+from amig.session.tasks import apart, one_error, telling
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import SourcePipeline
 from amig.stages.resumption import Start
@@ -186,6 +186,8 @@ class SourceSession:
             try:
                 return await apart(self._attempt(pipeline))
             except LinkLost as lost:
+                if self.state is State.COMPLETED:  # some watch struck in the moment in which it was to be called off
+                    return None
                 if self._ends_it(lost):
                     raise
                 if self._paused.is_set():  # first of all: it may stand still for this
@@ -201,15 +203,30 @@ class SourceSession:
         self._convergence.measured(round_trip=await self._destination.round_trip(), record=self._record_took)
         async with asyncio.TaskGroup() as group:
             listener = group.create_task(self._destination.listen())
-            watch = group.create_task(self._destination.keep_alive())
-            patience = group.create_task(self._bound_pause())
-            state = await pipeline.run()
-            await self._destination.finish(state, self._all_pages(), self._end(state, before))
-            patience.cancel()
-            watch.cancel()
+            await apart(self._until_prepared(pipeline, before))
             self._have_verified()
             await self._hand_over()
             listener.cancel()
+
+    async def _until_prepared(self, pipeline: SourcePipeline, before: tuple[int, int]) -> None:
+        """Have everything sent and the destination PREPARED, under the eyes of those who watch that this goes on.
+
+        They have a group of their own. One that strikes in the very moment in which it is called off would else end
+        what listens for the destination's word, with COMMIT on its way: a guest in doubt, for nothing.
+        """
+        prepared = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._destination.keep_alive())
+                patience = group.create_task(self._bound_pause())
+                state = await pipeline.run()
+                await self._destination.finish(state, self._all_pages(), self._end(state, before))
+                prepared = True
+                patience.cancel()
+                watch.cancel()
+        except BaseExceptionGroup as struck:
+            if not prepared or not isinstance(telling(struck), LinkLost):
+                raise
 
     def _ends_it(self, lost: LinkLost) -> bool:
         """Whether this is the end of the migration, and not of a connection only."""
@@ -231,6 +248,12 @@ class SourceSession:
         first_pass = start.sparse and answer.rounds <= start.round
         missing = self._ledger.resume(answer, round_, first_pass=first_pass)
         for region, words in missing.items():
+            if first_pass and self._digests is not None:
+                # Read and never placed: zero there. One that is a hole when its turn comes again is not read again, so
+                # what it held before must not count any more.
+                lost_pages = bitmap.to_pages(words & ~self._ledger.known[region])
+                if len(lost_pages):
+                    self._digests.zero(region, lost_pages)
             if pipeline.sent is not None:  # nobody knows which version of them the destination has
                 pipeline.sent.forget(region, bitmap.to_pages(words))
             await self._guest.give_back(region, 0, words)

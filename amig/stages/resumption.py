@@ -75,13 +75,23 @@ class Placement:
             raise PeerError(f"the source says that it began with round {since}; here it began with round {self._start}")
         return self._before[1]
 
-    def go_on(self, told: Answer, since: int, round_: int) -> None:
-        """Expect ``round_`` next, after ``told`` was sent. Raises `PeerError` for a number that was used."""
-        if round_ <= max(told.rounds, since):
+    def check(self, since: int, round_: int) -> Answer:
+        """Return the answer to a source that heard the one before ``since`` and wants to go on with ``round_``.
+
+        Changes nothing. Raises `PeerError` when no such source can be, or the number was used.
+        """
+        answer = self.answer(since)
+        if round_ <= max(answer.rounds, since):
             raise PeerError(f"the source wants to go on with round {round_}, which it has used")
+        return answer
+
+    def go_on(self, since: int, round_: int) -> Answer:
+        """Expect ``round_`` next; returns what the source is to be told. Raises what `check` raises."""
+        told = self.check(since, round_)
         self._before = since, told
         self._start = self.rounds = round_
         self.current = self._zeros()
+        return told
 
     def _zeros(self) -> dict[int, Words]:
         return {region: bitmap.zeros(pages) for region, pages in self._pages.items()}

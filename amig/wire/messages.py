@@ -33,6 +33,8 @@ FULL_FEATURE: Final = "digests-full"
 RESUME_FEATURE: Final = "resume"
 """Feature: when the connection is lost both sides keep what they have, and the source comes back with RESUME."""
 
+BUSY: Final = "busy"
+"""Code of a REFUSE that holds only for now: something else is arriving, or being tidied up."""
 VERIFY_FAILED: Final = "verify"
 """Code of an ABORT whose reason is that what arrived is not what was sent."""
 
