@@ -90,7 +90,7 @@ class Policy:
             (1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
             (self.connect_timeout > 0 and self.handover_timeout > 0, "a time limit that is not above 0"),
             (0 <= self.reconnect <= MAX_KEPT, "a time to reconnect that is not between 0 and 1 day"),
-            (0 < self.keepalive <= self.stall, "a keep-alive that is not above 0, or longer than the stall"),
+            (self.keepalive > 0 and self.stall > 0, "a keep-alive or a stall that is not above 0"),
         )
         for sane, fault in checks:
             if not sane:

@@ -106,10 +106,8 @@ class Reception:
         self._sinks = sinks
         self._once = once or pairing is not None
         self._dirty_ring = dirty_ring
-        if not 0 <= keep <= MAX_KEPT or not 0 < keepalive <= stall:
-            raise UsageError(
-                "what is received is kept between 0 and 1 day, and the keep-alive lies between 0 and the stall"
-            )
+        if not 0 <= keep <= MAX_KEPT or keepalive <= 0 or stall <= 0:
+            raise UsageError("what is received is kept between 0 and 1 day, and keep-alive and stall are above 0")
         self._keep, self._keepalive, self._stall = keep, keepalive, stall
         self._stock = MemoryStock(ahead=memory, limit=max_memory, hugepages=hugepages, tell=self._note)
         self._workers = workers
