@@ -79,7 +79,11 @@ class Door:
                 await asyncio.wait({accepting, *looks}, return_when=asyncio.FIRST_COMPLETED)
                 for task in [task for task in looks if task.done()]:
                     link = looks.pop(task)
-                    message = None if task.cancelled() else task.result()
+                    try:
+                        message = None if task.cancelled() else task.result()
+                    except BaseException:
+                        await to_its_end(link.close())  # it has been answered: let that be read
+                        raise
                     if message is not None and back is None:
                         back = Return(link, message)
                     else:
