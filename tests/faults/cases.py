@@ -90,21 +90,21 @@ SCENARIO_OF: Final[dict[Send, str]] = {
 }
 
 _PING = "PING measures the round trip before memory, keeps alive until END, and confirms an answer; never else"
-CROSSED = "sent in switchover, before END was read there: the relay may see it after END"
+CROSSED = "sent in switchover, before END was read there, or in answer to that: the relay may see it later"
 _LAST = "device state is the last thing sent before END, when all pages have gone"
 NEVER: Final[dict[Send, str]] = {
     send: why
     for why, group in {
         _PING: source(S.HELLO_SENT, F.PING, F.PONG)
         + source(S.WAIT_PREPARED, F.PING)
-        + source(S.PREPARED, F.PING, F.PONG)
+        + source(S.PREPARED, F.PING)
         + source(S.COMMITTED, F.PING, F.PONG)
         + source(S.DONE, F.PONG)
         + destination(D.HELLO_RECEIVED, F.PING, F.PONG)
         + destination(D.PREPARED, F.PING, F.PONG)
         + destination(D.COMMITTED, F.PING, F.PONG)
         + destination(D.DONE, F.PING, F.PONG),
-        CROSSED: destination(D.END_RECEIVED, F.PING, F.PONG),
+        CROSSED: destination(D.END_RECEIVED, F.PING, F.PONG) + source(S.PREPARED, F.PONG),
         _LAST: source(S.SWITCHOVER, F.STATE, F.BLOCK, F.ROUND),
         "a frame is read before it is refused": destination(D.IDLE, F.REFUSE),
     }.items()
@@ -195,6 +195,10 @@ def anew_cases() -> list[Case]:
     ]
 
 
+_PROMISED = (S.PREPARED, S.COMMITTED, S.DONE, S.RETURNED, D.PREPARED, D.COMMITTED, D.DONE, D.DISCARDED)
+"""From PREPARED on a lost connection is settled by a question, and may be settled by DISCARDED."""
+
+
 def goes_on(case: Case) -> bool:
     """Whether the guest must have moved after this.
 
@@ -203,7 +207,8 @@ def goes_on(case: Case) -> bool:
     """
     agreed = case.send.state not in (S.JOINING, D.JOINING)
     ended = case.send.type is F.END and case.position is Position.AFTER
-    return case.scenario.startswith(ANEW) and agreed and not ended
+    promised = case.send.type is F.PREPARED or case.send.state in _PROMISED
+    return case.scenario.startswith(ANEW) and agreed and not ended and not promised
 
 
 def random_cases(seed: int, count: int) -> list[Case]:
