@@ -71,7 +71,7 @@ class SourcePipeline:
         chunks_in, chunks = channel(1)  # the shortest queue: one chunk, cleared and waiting to be read
         live = all(sink.live for sink in sinks)
         # A live block is read only when it is sent: one waits while another is on its way, and no more.
-        blocks_in, blocks = channel(len(sinks) * BLOCK_BYTES if live else QUEUED_BYTES)
+        blocks_in, blocks = channel(BLOCK_BYTES if live else QUEUED_BYTES)
         self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
         choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
         if sent is None and policy.delta_cache:

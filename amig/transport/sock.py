@@ -2,7 +2,8 @@
 
 asyncio's transports copy what the kernel did not take at once, and uvloop's keep references to it; both must not happen
 to buffers that are guest memory or go back to a pool. So the socket is non-blocking and tried first; only when the
-kernel has no room (or nothing) does the task wait for the descriptor with ``add_writer`` (``add_reader``).
+kernel has no room (or nothing) does the task wait for the descriptor with ``add_writer`` (``add_reader``). Many pages
+at once are moved by a thread (`amig.transport.mover`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from amig.errors import LinkLost
 from amig.pieces import Pieces
 from amig.transport.base import PageMover
+from amig.transport.mover import WORTH_BYTES, Mover
 from amig.transport.vectors import IOV_MAX, Transfer
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ _TCPI_BYTES_ACKED: Final = 120  # offset in struct tcp_info, linux/tcp.h
 class SocketConnection:
     """`Connection` over a connected, non-blocking stream socket, which it owns."""
 
+    _threaded = True
+    """Whether a second descriptor for a thread does no harm: the end of what is sent must not depend on it."""
+
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -49,6 +55,7 @@ class SocketConnection:
         self._sending = False
         self._receiving = False
         self._waiting: set[asyncio.Future[None]] = set()
+        self._movers: dict[int, Mover] = {}
         self._budget = YIELD_BYTES
         self._calls = YIELD_CALLS
 
@@ -139,6 +146,8 @@ class SocketConnection:
         self._forget(self._fd, self._loop.remove_reader)
         self._forget(self._out_fd, self._loop.remove_writer)
         self._fd = -1
+        for mover in self._movers.values():
+            mover.stop()
         self._sock.close()
         for waiter in self._waiting:
             if not waiter.done():
@@ -177,30 +186,55 @@ class SocketConnection:
             self._receiving = False
 
     async def _send_vectors(self, transfer: Transfer) -> None:
-        while transfer.left:
-            try:
-                self._sent += transfer.write(self._out_fd)
-            except BlockingIOError:
-                await self._writable()
-            except OSError as err:
-                self._send_broken = self._send_broken or _why(err)
-                raise self._gone(self._send_broken) from err
-        await self._breathe(transfer.size)
+        def write(fd: int) -> bool:
+            self._sent += transfer.write(fd)
+            return transfer.left > 0
+
+        try:
+            await self._move(transfer.size, select.POLLOUT, write, self._writable)
+        except OSError as err:
+            self._send_broken = self._send_broken or _why(err)
+            raise self._gone(self._send_broken) from err
+        if transfer.left:
+            raise self._gone(self._send_broken)
 
     async def _recv_vectors(self, transfer: Transfer) -> None:
-        while transfer.left:
-            try:
-                came = transfer.read(self._fd)
-            except BlockingIOError:
-                await self._readable()
-                continue
-            except OSError as err:
-                self._recv_broken = self._recv_broken or _why(err)
-                raise self._gone(self._recv_broken) from err
-            if not came:
-                raise self._ended(transfer.size - transfer.left, transfer.size)
+        def read(fd: int) -> bool:
+            came = transfer.read(fd)
             self._received += came
-        await self._breathe(transfer.size)
+            return came > 0 and transfer.left > 0
+
+        try:
+            await self._move(transfer.size, select.POLLIN, read, self._readable)
+        except OSError as err:
+            self._recv_broken = self._recv_broken or _why(err)
+            raise self._gone(self._recv_broken) from err
+        if transfer.left:
+            if self._fd < 0:
+                raise self._gone(self._recv_broken)
+            raise self._ended(transfer.size - transfer.left, transfer.size)
+
+    async def _move(
+        self, size: int, event: int, step: Callable[[int], bool], ready: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Call ``step`` until it returns False, or the connection is aborted: in a thread where that is worth it."""
+        fd = self._out_fd if event == select.POLLOUT else self._fd
+        if size >= WORTH_BYTES and self._threaded:
+            mover = self._movers.get(event) or Mover(fd, event)
+            self._movers[event] = mover
+            try:
+                await mover.run(step)
+            except asyncio.CancelledError:
+                self._movers.pop(event, None)  # it has stopped; where nothing was moved yet, another may begin
+                raise
+            return
+        while True:
+            try:
+                if not step(fd):
+                    break
+            except BlockingIOError:
+                await ready()
+        await self._breathe(size)
 
     async def _send_some(self, buffers: list[Buffer]) -> None:
         left = sum([memoryview(b).nbytes for b in buffers])

@@ -72,6 +72,8 @@ def _peer() -> str:
 class PipeConnection(SocketConnection):
     """`Connection` over two descriptors, one for each way."""
 
+    _threaded = False  # a pipe ends when its last descriptor is closed
+
     def __init__(self, reader: int, writer: int, peer: str) -> None:
         super().__init__(cast(socket.socket, _Pipes(reader, writer)), peer)
         self._out_fd = writer
