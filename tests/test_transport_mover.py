@@ -128,7 +128,7 @@ def test_pages_arrive_as_they_lie_and_not_by_the_loops_thread(
             assert len(movers()) == 2  # one for each way, however much goes
 
     run(main())
-    assert who == {"amig-move_0"}
+    assert who == {"amig-move"}
 
 
 def test_few_pages_are_not_worth_a_thread(run: Run) -> None:
@@ -269,17 +269,24 @@ def test_the_thread_works_on_a_descriptor_that_nobody_else_closes(run: Run) -> N
     run(main())
 
 
-def test_without_a_descriptor_to_be_had_the_link_is_lost_and_says_why(
+def test_without_a_descriptor_or_a_thread_to_be_had_the_link_is_lost_and_says_why(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> int:
         raise OSError(24, "Too many open files")
 
+    def crowded(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
     async def main() -> None:
-        async with pair() as (near, _):
+        async with pair() as (near, far):
             with monkeypatch.context() as patched:
                 patched.setattr(mover.os, "dup", full)
                 with pytest.raises(LinkLost, match="Too many open files"):
                     await near.send_pieces(b"", scattered())
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", crowded)
+                with pytest.raises(LinkLost, match="Resource temporarily unavailable"):
+                    await far.recv_pieces(empty())
 
     run(main())

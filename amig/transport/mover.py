@@ -9,11 +9,13 @@ given out again would be somebody else's file), and nobody goes on, cancelled or
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from queue import SimpleQueue
+from typing import Final, NamedTuple
 
 from amig.aio import settle
 
@@ -21,11 +23,19 @@ WORTH_BYTES: Final = 1 << 20
 """A transfer of less is done before a thread has woken up."""
 
 
+class _Work(NamedTuple):
+    step: Callable[[int], bool]
+    done: asyncio.Future[None]
+
+
 class Mover:
-    """One thread, started when it is first needed, for the descriptor of a non-blocking stream."""
+    """One thread, which lives until `stop`, for the descriptor of a non-blocking stream."""
 
     def __init__(self, fd: int, event: int) -> None:
-        """``event`` is what to wait for when nothing can be moved: ``select.POLLIN`` or ``POLLOUT``."""
+        """``event`` is what to wait for when nothing can be moved: ``select.POLLIN`` or ``POLLOUT``.
+
+        Raises `OSError` where there is no descriptor, or no thread, to be had.
+        """
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._fd = os.dup(fd)
@@ -35,30 +45,38 @@ class Mover:
         self._poll = select.poll()
         self._poll.register(self._fd, event)
         self._poll.register(self._stop, select.POLLIN)
-        self._thread = ThreadPoolExecutor(1, "amig-move")
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._stopped = False
         self._moving = False
+        try:
+            threading.Thread(target=self._serve, name="amig-move", daemon=True).start()
+        except RuntimeError as error:
+            self._close()
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     async def run(self, step: Callable[[int], bool]) -> bool:
         """Have the thread call ``step(descriptor)`` until it returns False; a `BlockingIOError` of it means: wait.
 
         Returns True then, and False when `stop` came first. Raises what ``step`` raises. Cancelled, it stops the thread
-        for good and returns when it is out of ``step``.
+        for good and returns when it is out of ``step``. One at a time.
         """
         if self._stopped:
             return False
+        # Not an executor: its locks and two futures for each block take as long as all the rest that Python does here.
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._moving = True
-        work = asyncio.wrap_future(self._thread.submit(self._work, step))
+        self._queue.put(_Work(step, done))
         try:
+            cancelled = None
             try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
+                await asyncio.shield(done)
+            except asyncio.CancelledError as error:
                 self.stop()
-                await settle(work)
-                if not work.cancelled():
-                    work.exception()  # seen: the cancellation is what is told
-                raise
-            return work.result()
+                cancelled = await settle(done) or error
+                done.exception()  # seen: the cancellation is what is told
+            if cancelled is not None:
+                raise cancelled
+            return not self._stopped
         finally:
             self._moving = False
             if self._stopped:
@@ -70,7 +88,7 @@ class Mover:
             return
         self._stopped = True
         os.eventfd_write(self._stop, 1)
-        self._thread.shutdown(wait=False)
+        self._queue.put(None)
         if not self._moving:
             self._close()
 
@@ -78,11 +96,29 @@ class Mover:
         os.close(self._fd)
         os.close(self._stop)
 
-    def _work(self, step: Callable[[int], bool]) -> bool:
+    # on the thread
+
+    def _serve(self) -> None:
+        while (work := self._queue.get()) is not None:
+            error: BaseException | None = None
+            try:
+                self._move(work.step)
+            except BaseException as caught:
+                error = caught
+            work.done.get_loop().call_soon_threadsafe(_tell, work.done, error)
+            del work, error
+
+    def _move(self, step: Callable[[int], bool]) -> None:
         while not self._stopped:
             try:
                 if not step(self._fd):
-                    return True
+                    return
             except BlockingIOError:
                 self._poll.poll()
-        return False
+
+
+def _tell(done: asyncio.Future[None], error: BaseException | None) -> None:
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
