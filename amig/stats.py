@@ -100,6 +100,8 @@ class MigrationStats:
     bytes_wire: int = 0
     """Bytes given to the connections, everything included."""
     chunks: int = 0
+    empty_chunks: int = 0
+    """Chunks without content since the last one that had any."""
     blocks: int = 0
     rounds: int = 0
     window: Histogram = field(default_factory=Histogram)

@@ -50,16 +50,6 @@ async def test_an_item_larger_than_the_channel_enters_only_an_empty_one() -> Non
     await task
 
 
-async def test_empty_waits_until_the_receiver_has_taken_all() -> None:
-    send, receive = channel(100)
-    await send.empty()
-    await send.send("a", 1)
-    task = asyncio.create_task(send.empty())
-    assert await blocked(task)
-    await anext(receive)
-    await task
-
-
 async def test_wanted_waits_until_the_receiver_waits() -> None:
     send, receive = channel(100)
     task = asyncio.create_task(send.wanted())

@@ -171,6 +171,59 @@ async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
     assert sum(bitmap.count(b.pages) for b in run.links[0].blocks) == 3
 
 
+SMALL_CHUNKS = 1 << 18  # 64 pages
+
+
+def zeros_then_content() -> ModelGuest:
+    """A guest that has touched all of its memory and left most of it zero; the last part has content."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES), zero=True)
+    guest.write(np.arange(PAGES - 1600, PAGES))
+    return guest
+
+
+def sizes(guest: ModelGuest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The pages of each extent taken, as they will be."""
+    taken: list[int] = []
+    take = ModelGuest.take_and_clear
+
+    async def counting(self: ModelGuest, region: int, first: int, count: int) -> bitmap.Words:
+        taken.append(count)
+        return await take(self, region, first, count)
+
+    monkeypatch.setattr(ModelGuest, "take_and_clear", counting)
+    return taken
+
+
+async def test_zero_pages_pass_in_larger_extents_until_content_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amig.stages.pipeline.PLANNED_BYTES", 1)  # planning does not run ahead of what is read
+    guest = zeros_then_content()
+    taken = sizes(guest, monkeypatch)
+    (await migrate(guest, Policy(chunk=SMALL_CHUNKS))).assert_equal()
+    assert sum(taken[: taken.index(256)]) <= 10 * 64  # soon
+    assert len(taken) < PAGES // 64  # and all in all fewer
+    assert taken[-5:] == [64] * 4 + [PAGES % 64]  # the window of content is as short as ever
+
+
+async def test_extents_of_a_fixed_span_stay_as_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = zeros_then_content()
+    taken = sizes(guest, monkeypatch)
+    (await migrate(guest, Policy(chunk=SMALL_CHUNKS, chunk_span=SMALL_CHUNKS))).assert_equal()
+    assert max(taken) == 64
+
+
+async def test_a_page_written_between_zero_pages_that_passed_as_one_is_sent_again() -> None:
+    guest = zeros_then_content()
+    late = iter(range(PAGES - 1700, 0, -37))
+
+    def write() -> None:
+        if guest.state is RunState.RUNNING and (page := next(late, None)) is not None:
+            guest.write([page])
+
+    guest.after_take = write
+    (await migrate(guest, Policy(chunk=SMALL_CHUNKS))).assert_equal()
+
+
 async def test_memory_backed_in_vain_is_given_back_before_the_second_round() -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES // 4))  # in a row: more is likely to follow, but only zeros do

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from amig import bitmap
 from amig.memory import MemoryMap, Region, Slot
+from amig.stages.gather import zero_pages
 from amig.stages.items import Chunk, Extent
 from amig.stages.read import ChunkReader
 from amig.stats import MigrationStats
@@ -40,3 +43,13 @@ def test_a_block_keeps_its_bits_when_the_host_takes_the_same_range_again() -> No
     assert block.data_pages == bitmap.count(block.pages) == PAGES
     words[:] = 1
     assert bitmap.count(block.pages) == PAGES
+
+
+@given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 4095), st.integers(1, 255)), max_size=6), st.booleans())
+def test_a_page_is_zero_when_all_of_its_bytes_are(written: list[tuple[int, int, int]], scattered: bool) -> None:
+    """Wherever the only byte lies that is not: the first words of all pages may be zero, and most of the rest."""
+    memory = np.zeros((64, 4096), np.uint8)
+    for page, at, value in written:
+        memory[page, at] = value
+    index = np.arange(0, 64, 2 if scattered else 1, dtype=np.int64)
+    assert zero_pages(memory, index).tolist() == [not memory[page].any() for page in index.tolist()]

@@ -116,16 +116,6 @@ class SendEnd(Generic[T]):
         if state.putters and state.used < state.limit:
             state.wake(state.putters)
 
-    async def empty(self) -> None:
-        """Wait until the channel holds nothing: the receiver is at work on the last item, or waits for one."""
-        state = self._state
-        while state.items:
-            if not state.receiving:
-                raise BrokenChannel
-            await state.wait(state.putters)
-        if not state.receiving:
-            raise BrokenChannel
-
     async def wanted(self) -> None:
         """Wait until the receiver waits for an item: what is sent now is worked on at once."""
         state = self._state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,9 @@ from amig.stages.items import Extent, RoundEnd
 from amig.stages.ledger import Ledger
 from amig.stages.resumption import Start
 from amig.stats import MigrationStats
+
+JOINED = 4
+"""Extents of zero pages that pass as one, once so many chunks in a row had nothing else."""
 
 Ranges = dict[int, bitmap.Index]
 """By region, rows of (first page, pages, dirty pages)."""
@@ -168,7 +171,7 @@ class DirtySync:
     async def _emit_extents(self, ranges: Ranges, present: Mapping[int, Words]) -> bool:
         """Put the extents out; returns False when time was up before the last."""
         for region, rows in ranges.items():
-            for first, count, pages in rows.tolist():
+            for first, count, pages in self._joined(rows, first_pass=region in present):
                 if not self._paused and self._late():
                     return False
                 holes = None
@@ -177,6 +180,19 @@ class DirtySync:
                 extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes)
                 await self._out.send(extent, extent.size)
         return True
+
+    def _joined(self, rows: bitmap.Index, *, first_pass: bool) -> Iterator[tuple[int, int, int]]:
+        """Yield (first, count, dirty); where nothing but zero pages was met of late, for several extents at once.
+
+        What costs most with zero pages is the way of a chunk through the stages. There is no window to be kept short,
+        either; where content begins again, extents of the size asked for do so, too, as soon as it has been seen.
+        """
+        at = 0
+        while at < len(rows):
+            many = first_pass and not self._policy.chunk_span and self._stats.empty_chunks >= JOINED
+            part = rows[at : at + (JOINED if many else 1)]  # without gaps: in a first pass every page is in an extent
+            yield int(part[0, 0]), int(part[:, 1].sum()), int(part[:, 2].sum())
+            at += len(part)
 
     def _late(self) -> bool:
         timeout = self._policy.timeout

@@ -33,6 +33,7 @@ class ChunkReader:
         words = chunk.words if extent.holes is None else self._without_holes(chunk, extent.holes)
         index = bitmap.to_pages(words, extent.first)
         zero = zero_pages(memory, index)
+        stats.empty_chunks = stats.empty_chunks + 1 if zero.all() else 0
         stats.read_ns += time.monotonic_ns() - begin
         for start, stop in block_edges(index, zero):
             # A copy: the chunk's words lie in memory that the host shares, and the next take of this range changes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import compileall
 import contextlib
 import os
 import platform
@@ -20,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import amig
 from amig.bench.files import insert, write
 from amig.errors import AmigError
 from amig.kvm.system import Kvm
@@ -220,6 +222,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except AmigError as error:
         tell(str(error))
         return 2
+
+    # As pip leaves an installed package; else each start of amig compiles a checkout anew where that is not kept.
+    compileall.compile_dir(str(Path(amig.__file__).parent), quiet=2)
 
     async def body() -> int:
         task = asyncio.current_task()
