@@ -20,6 +20,8 @@ from amig.memory import MemoryMap, Pages
 Builder = Callable[[bytes, MemoryMap], Machine]
 """Builds a paused machine like the one described, its memory included; blocks. Raises `AmigError`."""
 
+_state_decoder = msgspec.msgpack.Decoder(StateEnvelope)
+
 
 class LocalIncoming:
     """Implements `amig.guest.Incoming` in the process that will run the guest.
@@ -102,7 +104,7 @@ class LocalIncoming:
     async def load(self, state: bytes) -> None:
         """See `amig.guest.Incoming.load`."""
         try:
-            envelope = msgspec.msgpack.decode(state, type=StateEnvelope)
+            envelope = _state_decoder.decode(state)
             await self._hosted.vm.call(self._hosted.machine.load, envelope.machine)
         except VerifyFailed:
             raise

@@ -117,6 +117,10 @@ class MachineState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return vm, opened
 
 
+_state_decoder = msgspec.msgpack.Decoder(MachineState)
+"""Made beforehand: it takes a millisecond, and the guest would wait for it."""
+
+
 def encode(value: Description | MachineState) -> bytes:
     """Return it as MessagePack."""
     return msgspec.msgpack.encode(value)
@@ -137,6 +141,6 @@ def decode_state(data: bytes) -> MachineState:
     if len(data) > MAX_STATE_BYTES:
         raise VerifyFailed(f"the device state has {len(data)} bytes, more than {MAX_STATE_BYTES}")
     try:
-        return msgspec.msgpack.decode(data, type=MachineState)
+        return _state_decoder.decode(data)
     except (ValueError, RecursionError) as error:  # text that is no UTF-8, too
         raise VerifyFailed(f"the device state is broken: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def pack_cpuid(entries: Sequence[CpuidEntry], *, room: int = 0) -> bytes:
     )
 
 
+@functools.lru_cache(maxsize=8)  # asked for the same one several times while a guest is loaded, and waits
 def unpack_cpuid(blob: bytes) -> tuple[CpuidEntry, ...]:
     """The entries of a ``kvm_cpuid2``. Raises ValueError if it is shorter than it says."""
     if len(blob) < _HEADER.size:
