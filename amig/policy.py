@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from amig.digest import Verify
@@ -24,6 +24,8 @@ MAX_KEPT = 86400.0
 
 FIXED = 0.012
 """Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
+MOST_CHOSEN = 4
+"""Most connections, and threads that compress, that nobody has asked for."""
 PACE_BYTES = 32 * MIB
 """A round that is shorter does not count for the pace."""
 
@@ -55,10 +57,10 @@ class Policy:
     """zstd level, 1 to 19."""
     delta_cache: int = 0
     """Bytes of memory for page versions that were sent, so that pages sent again travel as their difference."""
-    workers: int = 1
-    """Threads that compress, and that decompress on the destination."""
-    streams: int = 1
-    """Connections that carry memory."""
+    workers: int | None = None
+    """Threads that compress; None: what this machine's processors allow, see `settled`."""
+    streams: int | None = None
+    """Connections that carry memory; None: what pays with this machine's processors, see `settled`."""
     verify: Verify = "digests"
     """``digests``: of every page as sent and as placed, compared before the guest may run. ``full``: besides, all
     memory of both sides is hashed again while the guest is paused, which exceeds the downtime limit. ``off``."""
@@ -86,8 +88,8 @@ class Policy:
             (self.verify in ("digests", "full", "off"), "verify that is not digests, full or off"),
             (1 <= self.level <= 19, "a zstd level that is not between 1 and 19"),
             (0 <= self.delta_cache <= 1 << 44, "a delta cache that is not between 0 and 16 TiB"),
-            (1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),
-            (1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
+            (self.workers is None or 1 <= self.workers <= 64, "a number of workers that is not between 1 and 64"),
+            (self.streams is None or 1 <= self.streams <= 64, "a number of streams that is not between 1 and 64"),
             (self.connect_timeout > 0 and self.handover_timeout > 0, "a time limit that is not above 0"),
             (0 <= self.reconnect <= MAX_KEPT, "a time to reconnect that is not between 0 and 1 day"),
             (self.keepalive > 0 and self.stall > 0, "a keep-alive or a stall that is not above 0"),
@@ -95,6 +97,18 @@ class Policy:
         for sane, fault in checks:
             if not sane:
                 raise UsageError(f"the policy asks for {fault}")
+
+    def settled(self, *, processors: int, parallel: bool) -> Policy:
+        """Return it with numbers where it left the choice.
+
+        Connections pay where they move pages side by side (``parallel``), each with a thread of its own, up to one for
+        each of this machine's processors. Threads that compress leave one for the rest of the pipeline.
+        """
+        return replace(
+            self,
+            streams=self.streams or (min(processors, MOST_CHOSEN) if parallel else 1),
+            workers=self.workers or max(1, min(processors - 1, MOST_CHOSEN)),
+        )
 
 
 @dataclass(slots=True, kw_only=True)

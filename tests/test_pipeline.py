@@ -65,7 +65,7 @@ async def migrate(
     rounds: Rounds | None = None,
     links: list[MemoryLink] | None = None,
 ) -> Run:
-    links = links or [MemoryLink() for _ in range(policy.streams)]
+    links = links or [MemoryLink() for _ in range(policy.streams or 1)]
     run = Run(guest, ModelIncoming(guest.array.map), links, MigrationStats(), rounds or Rounds())
     ledger = Ledger(guest.array.map.regions)
     await guest.log_start(policy.dirty_log)
@@ -86,7 +86,7 @@ async def migrate(
         ledger.placed(round_)
 
     destination = DestinationPipeline(
-        run.incoming, guest.array.map.regions, run.links, workers=policy.workers, on_round=on_round
+        run.incoming, guest.array.map.regions, run.links, workers=policy.workers or 1, on_round=on_round
     )
 
     async def send() -> None:

@@ -112,3 +112,16 @@ def test_a_limit_changed_in_flight_counts_from_the_next_decision() -> None:
 def test_a_policy_that_makes_no_sense_says_so(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="the policy asks for"):
         Policy(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("processors", "parallel", "streams", "workers"),
+    [(1, True, 1, 1), (2, True, 2, 1), (3, True, 3, 2), (64, True, 4, 4), (64, False, 1, 4)],
+)
+def test_connections_and_threads_follow_the_processors_where_nobody_has_said(
+    processors: int, parallel: bool, streams: int, workers: int
+) -> None:
+    settled = Policy(downtime=0.03).settled(processors=processors, parallel=parallel)
+    assert settled == Policy(downtime=0.03, streams=streams, workers=workers)
+    asked = Policy(streams=7, workers=5)
+    assert asked.settled(processors=processors, parallel=parallel) == asked

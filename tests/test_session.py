@@ -114,6 +114,25 @@ async def test_a_guest_moves_and_its_source_lets_go(where: str, streams: int, tm
     ]
 
 
+@pytest.mark.parametrize(("processors", "connections"), [(1, 1), (3, 3)])
+async def test_connections_nobody_asked_for_follow_the_processors(
+    processors: int, connections: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amig.policy.MOST_CHOSEN", 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(processors)))
+    async with receiving() as receiver:
+        async with Migration(busy_guest(), receiver.address, Policy(downtime=0.05)) as migration:
+            pass
+        assert (await migration.result()).streams == connections
+        assert receiver.inbound is not None
+        assert receiver.inbound.hello is not None
+        assert receiver.inbound.hello.streams == connections
+    file = f"file:{tmp_path}/one"
+    async with Migration(busy_guest(), file, Policy(downtime=0.05)) as migration:
+        pass
+    assert (await migration.result()).streams == 1
+
+
 async def test_the_handover_follows_its_order_on_both_sides() -> None:
     guest = busy_guest()
     async with receiving() as receiver, Migration(guest, receiver.address):

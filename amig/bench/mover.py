@@ -53,7 +53,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             chunk=self.chunk,
             chunk_span=self.chunk_span,
             dirty_log=self.strategy,
-            verify="off",  # the published figures are those of a migration that compares nothing
+            verify="off",  # the published figures are those of a migration that compares nothing,
+            streams=1,  # over one connection
         )
 
 

@@ -40,11 +40,16 @@ def demo(
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="TIME", help="When to move it with whatever downtime that takes.")
     ] = "30s",
-    streams: Annotated[int, typer.Option("--streams", help="Connections that carry memory.")] = 1,
+    streams: Annotated[
+        int | None,
+        typer.Option("--streams", help="Connections that carry memory; without it, one a processor, up to 4."),
+    ] = None,
     compression: Annotated[
         options.Compression, typer.Option("--compression", help="Of pages.")
     ] = options.Compression.NONE,
-    workers: Annotated[int, typer.Option("--workers", help="Threads that compress.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Threads that compress; without it, what the processors allow.")
+    ] = None,
     chunk: Annotated[
         str, typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.")
     ] = "4MiB",

@@ -119,10 +119,23 @@ def migrate(
             rich_help_panel=_STREAM,
         ),
     ] = "0",
-    workers: Annotated[int, typer.Option("--workers", help="Threads that compress.", rich_help_panel=_STREAM)] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            help="Threads that compress; without it, what the processors here allow, up to 4.",
+            rich_help_panel=_STREAM,
+        ),
+    ] = None,
     streams: Annotated[
-        int, typer.Option("--streams", help="Connections that carry memory.", rich_help_panel=_STREAM)
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--streams",
+            help="Connections that carry memory; without it, as many as there are processors here, up to 4, and one "
+            "where more carry no more (tls, ssh, files).",
+            rich_help_panel=_STREAM,
+        ),
+    ] = None,
     chunk: Annotated[
         str,
         typer.Option("--chunk", metavar="SIZE", help="Dirty bytes cleared and read at once.", rich_help_panel=_STREAM),

@@ -31,6 +31,8 @@ class Destination(Protocol):
 
     one_way: bool
     """Whether nothing ever comes back (a file): then there is no handover, and ``commit`` seals."""
+    parallel: bool
+    """Whether several connections carry more than one."""
     address: str
     no_return: str
     """Why a migration can't go on over another connection once this one is lost; empty when it can."""

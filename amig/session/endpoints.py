@@ -35,12 +35,12 @@ def open_destination(address: str, policy: Policy, link: LinkOptions | None = No
     """Return the destination that ``address`` names; nothing is reached yet. Raises `UsageError`."""
     parsed = parse(address)
     if isinstance(parsed, FileAddress):
-        if policy.streams > 1:
+        if policy.streams not in (None, 1):
             raise UsageError("a snapshot file is one stream: leave --streams out")
         return SnapshotFile(parsed.path)
     dialer = Dialer(parsed, link)
     most = dialer.max_connections
-    if most is not None and policy.streams > most:
+    if most is not None and (policy.streams or 1) > most:
         raise UsageError(f"{dialer.address} is one connection: leave --streams out, or use tls://")
     return Peer(
         dialer,

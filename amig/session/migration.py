@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -135,6 +136,7 @@ class Migration:
         destination = self._destination
         if isinstance(destination, str):
             destination = open_destination(destination, self.policy, self._link)
+        self.policy = self.policy.settled(processors=len(os.sched_getaffinity(0)), parallel=destination.parallel)
         if self._stop and not destination.one_way:
             raise UsageError("--stop is for snapshots: a guest that moves to a peer stops here anyway")
         guest = self._source if not isinstance(self._source, str) else await open_source(self._source)
@@ -249,7 +251,7 @@ class Migration:
             ),
             "total_ms": round(self._took * 1e3, 3),
             "chunk_bytes": self.policy.chunk,
-            "streams": self.policy.streams,
+            "streams": self.policy.streams or 1,
             "compression": self.policy.compression,
         }
         if session is None:

@@ -75,6 +75,7 @@ class Peer:
     ) -> None:
         """All in seconds; see `amig.policy.Policy`."""
         self.address = dialer.address
+        self.parallel = dialer.parallel
         self.no_return = (
             "the receiver that was started there ends with this connection" if dialer.max_connections == 1 else ""
         )

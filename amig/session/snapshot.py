@@ -23,6 +23,7 @@ class SnapshotFile:
     """`Destination` that writes a file; it has its name only once it is complete and on disk."""
 
     one_way = True
+    parallel = False
     no_return = "a file can't be written to again"
 
     def __init__(self, path: str) -> None:

@@ -141,7 +141,7 @@ class SourceSession:
                 vcpus=info.vcpus,
                 memory=info.memory,
                 machine=info.machine,
-                streams=1 if self._destination.one_way else self._policy.streams,
+                streams=1 if self._destination.one_way else self._policy.streams or 1,
                 compression=self._policy.compression,
                 clock="freeze",
                 memory_used=min(in_use(self._guest.memory.fds().values()), info.memory.size),

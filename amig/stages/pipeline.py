@@ -72,8 +72,9 @@ class SourcePipeline:
         live = all(sink.live for sink in sinks)
         # A live block is read only when it is sent: one waits while another is on its way, and no more.
         blocks_in, blocks = channel(BLOCK_BYTES if live else QUEUED_BYTES)
-        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * policy.workers + 2)
-        choice = CodecChoice(policy.compression, policy.level, policy.workers, stats.link)
+        workers = policy.workers or 1
+        self._pool = pool = BufferPool(QUEUED_BYTES // BLOCK_BYTES + len(sinks) + 2 * workers + 2)
+        choice = CodecChoice(policy.compression, policy.level, workers, stats.link)
         if sent is None and policy.delta_cache:
             sent = SentPages(guest.info.memory.regions, policy.delta_cache)
         self.sent = sent
@@ -96,7 +97,7 @@ class SourcePipeline:
             pool=pool,
             choice=choice,
             sent=sent,
-            workers=policy.workers,
+            workers=workers,
             markers=len(sinks),
             live=live,
             stats=stats,

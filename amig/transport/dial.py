@@ -6,7 +6,7 @@ import hmac
 
 from amig.errors import Untrusted, UsageError
 from amig.transport import ssh, tcp, tls, unix
-from amig.transport.address import PairAddress, PeerAddress, SshAddress, TcpAddress, TlsAddress, parse_peer
+from amig.transport.address import PairAddress, PeerAddress, SshAddress, TcpAddress, TlsAddress, UnixAddress, parse_peer
 from amig.transport.base import Connection
 from amig.transport.options import LinkOptions, check_plain
 from amig.transport.pairing import PairingSource
@@ -35,6 +35,11 @@ class Dialer:
     def max_connections(self) -> int | None:
         """How many connections can be had at once; None: any number."""
         return 1 if isinstance(self._where, SshAddress) else None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether connections move pages side by side: not where one task encrypts for all (TLS), nor over ssh."""
+        return isinstance(self._where, TcpAddress | UnixAddress)
 
     async def connect(self, *, timeout: float, asking: bool = False) -> Connection:
         """Connect; ``asking`` is for what became of a migration, instead of beginning one.
