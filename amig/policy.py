@@ -22,7 +22,7 @@ STALL = 20.0
 MAX_KEPT = 86400.0
 """Seconds that either side may be told to keep what it has for the other."""
 
-FIXED = 0.012
+FIXED = 0.016
 """Seconds of downtime that no measurement beforehand shows: kick, save, restore."""
 MOST_CHOSEN = 4
 """Most connections, and threads that compress, that nobody has asked for."""

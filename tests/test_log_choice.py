@@ -11,7 +11,7 @@ from amig.policy import Policy
 from amig.session.migration import Migration
 from amig.sim.kernel_log import SimKernelLog
 from tests.modelguest import ModelGuest
-from tests.test_session import assert_moved, assert_stayed, busy_guest, receiving
+from tests.receiving import assert_moved, assert_stayed, busy_guest, receiving
 
 OLD = LogAbilities(manual_clear=False, initially_set=False)
 

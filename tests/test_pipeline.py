@@ -205,6 +205,20 @@ async def test_zero_pages_pass_in_larger_extents_until_content_begins(monkeypatc
     assert taken[-5:] == [64] * 4 + [PAGES % 64]  # the window of content is as short as ever
 
 
+async def test_what_a_paused_guest_waits_for_goes_in_small_blocks() -> None:
+    """The link is not idle until all of it has been read, nor the destination until all of it has come."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    rounds = Rounds(on_start=lambda _: guest.write(np.arange(1500)) if "pause" not in guest.calls else None)
+    run = await migrate(guest, Policy(downtime=1e-6, max_rounds=2, on_timeout="switch"), rounds=rounds)
+    run.assert_equal()
+    blocks = run.links[0].blocks
+    assert max(block.data_pages for block in blocks if block.round == 0) == 1024
+    last = [block.data_pages for block in blocks if block.round == 2]
+    assert sum(last) == 1500
+    assert max(last) == 256
+
+
 async def test_extents_of_a_fixed_span_stay_as_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = zeros_then_content()
     taken = sizes(guest, monkeypatch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -15,12 +15,12 @@ from amig.errors import LinkLost, PeerError, Refused
 from amig.events import Event, Progress, State, StateChanged
 from amig.guest import Outcome, RunState
 from amig.memory import PAGE_SIZE
-from amig.policy import STALL, Policy
+from amig.policy import Policy
 from amig.session import agreement, door
 from amig.session.destination import OutOfPatience
 from amig.session.door import Asked
 from amig.session.endpoints import open_destination
-from amig.session.inbound import Inbound, Phase
+from amig.session.inbound import Phase
 from amig.session.migration import Migration
 from amig.session.peer import Peer
 from amig.session.questions import Records
@@ -44,104 +44,19 @@ from amig.wire.messages import (
     Resumed,
     Running,
 )
-from tests.modelguest import ModelGuest, ModelIncoming
+from tests import receiving as one
+from tests.modelguest import ModelGuest
+from tests.receiving import PAGES, Receiver, assert_moved, assert_stayed, busy_guest
 from tests.test_hostile_destination import OTHER, Liar
 from tests.test_wire_messages import HELLO
 
-PAGES = 3000
 KEEP = 20.0
 QUICK = {"reconnect": 20.0, "chunk": 1 << 18, "connect_timeout": 5.0, "handover_timeout": 5.0}
 
 
-class Nobody:
-    """A listener to which nobody comes any more."""
-
-    async def accept(self) -> None:
-        await asyncio.get_running_loop().create_future()
-
-
-class Receiver:
-    """A destination that keeps what it has, on a real socket."""
-
-    def __init__(self, keep: float, *, deaf: bool) -> None:
-        self.guest = ModelIncoming()
-        self.keep = keep
-        self.stall = STALL
-        self.records = Records()
-        self.deaf = deaf
-        self.address = ""
-        self.error: BaseException | None = None
-        self.phases: list[Phase] = []
-        self.on_phase: Callable[[Phase], None] = lambda _: None
-        self.inbound: Inbound | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def _phase(self, phase: Phase) -> None:
-        self.phases.append(phase)
-        self.on_phase(phase)
-
-    async def run(self, listener) -> None:  # type: ignore[no-untyped-def]
-        first = await listener.accept()
-        self.inbound = Inbound(
-            first,
-            Nobody() if self.deaf else listener,  # type: ignore[arg-type]
-            self.guest,
-            release="test",
-            on_phase=self._phase,
-            keep=self.keep,
-            keepalive=self.stall / 4,
-            stall=self.stall,
-            records=self.records,
-        )
-        try:
-            await self.inbound.run()
-        except Exception as error:
-            self.error = error
-        finally:
-            await self.inbound.close()
-
-    def cut(self) -> None:
-        """Break all connections."""
-        assert self.inbound is not None
-        for link in self.inbound._links:
-            link.abort()
-
-
-@asynccontextmanager
-async def receiving(keep: float = KEEP, *, deaf: bool = False) -> AsyncIterator[Receiver]:
-    receiver = Receiver(keep, deaf=deaf)
-    listener = await listen("tcp://127.0.0.1:0")
-    receiver.address = listener.address
-    receiver.task = asyncio.create_task(receiver.run(listener))
-    try:
-        yield receiver
-        async with asyncio.timeout(20):
-            await receiver.task
-    finally:
-        receiver.task.cancel()
-        await asyncio.gather(receiver.task, return_exceptions=True)
-        await listener.close()
-
-
-def busy_guest() -> ModelGuest:
-    """Every other page is full of what can't be compressed."""
-    guest = ModelGuest(PAGES)
-    guest.array.arrays[0][::2] = guest.random.integers(0, 255, (PAGES // 2, PAGE_SIZE), np.uint8)
-    guest.write(np.arange(0, PAGES, 2))
-    return guest
-
-
-def assert_moved(guest: ModelGuest, receiver: Receiver) -> None:
-    assert receiver.error is None
-    assert guest.state is RunState.STOPPED
-    assert receiver.guest.array is not None
-    np.testing.assert_array_equal(receiver.guest.array.arrays[0], guest.array.arrays[0])
-
-
-def assert_stayed(guest: ModelGuest) -> None:
-    assert guest.state is RunState.RUNNING
-    assert guest.hub.strategy is None, "the dirty log was left on"
-    assert "commit" not in guest.calls
+def receiving(keep: float = KEEP, *, deaf: bool = False) -> AbstractAsyncContextManager[Receiver]:
+    """A destination that keeps what it has."""
+    return one.receiving(keep=keep, deaf=deaf)
 
 
 def cutting(receiver: Receiver, sent: list[int]) -> Callable[[Event], None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,77 +13,15 @@ from amig.events import Event, Progress, RoundEnded, State, StateChanged
 from amig.guest import RunState
 from amig.memory import MemoryMap
 from amig.policy import Policy
-from amig.session.inbound import Inbound, Phase
+from amig.session.inbound import Phase
 from amig.session.migration import Migration
 from amig.session.restore import restore
 from amig.transport import listen
 from tests.modelguest import ModelGuest, ModelIncoming
+from tests.receiving import PAGES, assert_moved, assert_stayed, busy_guest, receiving
 
-PAGES = 3000
 SLOW = Policy(bandwidth=2e6, chunk=1 << 18)
 """Takes seconds: time enough to interfere."""
-
-
-class Receiver:
-    """One destination, waiting on a real socket."""
-
-    def __init__(self, guest: ModelIncoming) -> None:
-        self.guest = guest
-        self.address = ""
-        self.error: BaseException | None = None
-        self.phases: list[Phase] = []
-        self.on_phase: Callable[[Phase], None] = lambda _: None
-        self.inbound: Inbound | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def _phase(self, phase: Phase) -> None:
-        self.phases.append(phase)
-        self.on_phase(phase)
-
-    async def run(self, listener) -> None:  # type: ignore[no-untyped-def]
-        self.inbound = Inbound(await listener.accept(), listener, self.guest, release="test", on_phase=self._phase)
-        try:
-            await self.inbound.run()
-        except Exception as error:
-            self.error = error
-        finally:
-            await self.inbound.close()
-
-
-@asynccontextmanager
-async def receiving(address: str = "tcp://127.0.0.1:0", guest: ModelIncoming | None = None) -> AsyncIterator[Receiver]:
-    receiver = Receiver(guest or ModelIncoming())
-    listener = await listen(address)
-    receiver.address = listener.address
-    receiver.task = asyncio.create_task(receiver.run(listener))
-    try:
-        yield receiver
-        async with asyncio.timeout(10):
-            await receiver.task
-    finally:
-        receiver.task.cancel()
-        await asyncio.gather(receiver.task, return_exceptions=True)
-        await listener.close()
-
-
-def busy_guest() -> ModelGuest:
-    guest = ModelGuest(PAGES)
-    guest.write(np.arange(0, PAGES, 2))
-    return guest
-
-
-def assert_moved(guest: ModelGuest, receiver: Receiver) -> None:
-    assert receiver.error is None
-    assert guest.state is RunState.STOPPED
-    assert receiver.guest.calls == ["build", "load", "commit", "run", "settle"]
-    assert receiver.guest.array is not None
-    np.testing.assert_array_equal(receiver.guest.array.arrays[0], guest.array.arrays[0])
-
-
-def assert_stayed(guest: ModelGuest) -> None:
-    assert guest.state is RunState.RUNNING
-    assert guest.hub.strategy is None, "the dirty log was left on"
-    assert "commit" not in guest.calls
 
 
 @pytest.mark.parametrize("streams", [1, 4])

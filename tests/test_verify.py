@@ -30,7 +30,7 @@ from tests.modelguest import ModelGuest, ModelIncoming, one_region
 from tests.moving import assert_stayed as assert_host_stayed
 from tests.moving import homes, hosting, machine_of, move, verdict  # noqa: F401 - one is a fixture
 from tests.moving import receiving as hosts_receiving
-from tests.test_session import PAGES, Receiver, assert_moved, assert_stayed, busy_guest, receiving
+from tests.receiving import PAGES, Receiver, assert_moved, assert_stayed, busy_guest, receiving
 
 MODES = ("digests", "full")
 ENGINES = [pytest.param("kvm", marks=pytest.mark.kvm), "simulator"]

@@ -15,11 +15,14 @@ from amig.guest import Guest
 from amig.memory import PAGE_SIZE, WORD_PAGES, Words
 from amig.policy import Convergence, Policy, Verdict
 from amig.stages.channel import SendEnd
-from amig.stages.items import Extent, RoundEnd
+from amig.stages.items import BLOCK_PAGES, Extent, RoundEnd
 from amig.stages.ledger import Ledger
 from amig.stages.resumption import Start
 from amig.stats import MigrationStats
 
+PAUSED_BLOCKS = 16
+MIN_BLOCK_PAGES = 256
+"""The pages that a paused guest waits for go in so many blocks, none smaller than this."""
 JOINED = 4
 """Extents of zero pages that pass as one, once so many chunks in a row had nothing else."""
 
@@ -73,6 +76,7 @@ class DirtySync:
         self._started = start.began
         self._round_began = time.monotonic()
         self._planned = 0
+        self._block = BLOCK_PAGES
         self._sparse = start.sparse
         self._known = start.known
         self._paused = False
@@ -160,6 +164,8 @@ class DirtySync:
         present = {region: self._present(region) for region in dirty} if sparse else {}
         ranges = {region: self._plan(region, words, present.get(region)) for region, words in dirty.items()}
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
+        if self._paused:  # it waits for the first block to be read, and for the last to be placed
+            self._block = max(MIN_BLOCK_PAGES, min(self._planned // PAUSED_BLOCKS, BLOCK_PAGES))
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned, first_pass=sparse)
         if await self._emit_extents(ranges, present):
@@ -177,7 +183,10 @@ class DirtySync:
                 holes = None
                 if region in present:
                     holes = ~present[region][first // WORD_PAGES : -(-(first + count) // WORD_PAGES)]
-                extent = Extent(round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes)
+                extent = Extent(
+                    round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes,
+                    block=self._block,
+                )  # fmt: skip
                 await self._out.send(extent, extent.size)
         return True
 

@@ -48,17 +48,17 @@ def zero_pages(memory: Pages, index: PageIndex) -> npt.NDArray[np.bool_]:
     return zero
 
 
-def block_edges(index: PageIndex, zero: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+def block_edges(index: PageIndex, zero: npt.NDArray[np.bool_], most: int = BLOCK_PAGES) -> Iterator[tuple[int, int]]:
     """Yield ``(start, stop)`` within ``index`` of every block.
 
-    A block holds at most `BLOCK_PAGES` pages of content and stays within one aligned range of `BLOCK_SPAN` pages.
+    A block holds at most ``most`` pages of content and stays within one aligned range of `BLOCK_SPAN` pages.
     """
     if not len(index):
         return
-    if len(index) <= BLOCK_PAGES and int(index[0]) // BLOCK_SPAN == int(index[-1]) // BLOCK_SPAN:
+    if len(index) <= most and int(index[0]) // BLOCK_SPAN == int(index[-1]) // BLOCK_SPAN:
         yield 0, len(index)
         return
-    content = np.maximum(np.cumsum(~zero) - 1, 0) // BLOCK_PAGES
+    content = np.maximum(np.cumsum(~zero) - 1, 0) // most
     span = index // BLOCK_SPAN
     edges = np.flatnonzero((np.diff(content) != 0) | (np.diff(span) != 0)) + 1
     start = 0

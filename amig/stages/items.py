@@ -37,6 +37,9 @@ class Extent:
     holes: Words | None = None
     """Pages that were holes when it was planned; those that still are after the clear need no reading. None: none."""
 
+    block: int = BLOCK_PAGES
+    """Most pages of content in a block of it."""
+
     @property
     def size(self) -> int:
         """Dirty bytes."""

@@ -35,7 +35,7 @@ class ChunkReader:
         zero = zero_pages(memory, index)
         stats.empty_chunks = stats.empty_chunks + 1 if zero.all() else 0
         stats.read_ns += time.monotonic_ns() - begin
-        for start, stop in block_edges(index, zero):
+        for start, stop in block_edges(index, zero, extent.block):
             # A copy: the chunk's words lie in memory that the host shares, and the next take of this range changes
             # them, which may be before this block is on its way.
             whole = words.copy() if stop - start == len(index) and extent.count <= BLOCK_SPAN else None

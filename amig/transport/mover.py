@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from amig.aio import settle
 
-WORTH_BYTES: Final = 1 << 20
+WORTH_BYTES: Final = 2 << 20
 """A transfer of less is done before a thread has woken up."""
 
 
