@@ -119,8 +119,9 @@ def test_a_policy_that_makes_no_sense_says_so(wrong: dict[str, object]) -> None:
     [(1, True, 1, 1), (2, True, 2, 1), (3, True, 3, 2), (64, True, 4, 4), (64, False, 1, 4)],
 )
 def test_connections_and_threads_follow_the_processors_where_nobody_has_said(
-    processors: int, parallel: bool, streams: int, workers: int
+    processors: int, parallel: bool, streams: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("amig.policy.MOST_CHOSEN", 4)
     settled = Policy(downtime=0.03).settled(processors=processors, parallel=parallel)
     assert settled == Policy(downtime=0.03, streams=streams, workers=workers)
     asked = Policy(streams=7, workers=5)

@@ -45,7 +45,7 @@ from amig.wire.messages import (
     Running,
 )
 from tests import receiving as one
-from tests.modelguest import ModelGuest
+from tests.modelguest import ModelGuest, ModelIncoming
 from tests.receiving import PAGES, Receiver, assert_moved, assert_stayed, busy_guest
 from tests.test_hostile_destination import OTHER, Liar
 from tests.test_wire_messages import HELLO
@@ -589,7 +589,7 @@ async def test_a_destination_that_is_busy_for_a_moment_is_asked_again() -> None:
     """It tidies up after an attempt that was cancelled."""
     guest = busy_guest()
     listener = await listen("tcp://127.0.0.1:0")
-    receiver = Receiver(KEEP, deaf=False)
+    receiver = Receiver(ModelIncoming(), KEEP, deaf=False)
 
     async def first_busy() -> None:
         for _ in range(2):
