@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +14,7 @@ from amig.memory import MemoryMap, Region, Slot
 from amig.stages.gather import zero_pages
 from amig.stages.items import Chunk, Extent
 from amig.stages.read import ChunkReader
+from amig.stages.scan import WORTH_WORDS, Scanner
 from amig.stats import MigrationStats
 
 PAGES = 256
@@ -43,6 +47,20 @@ def test_a_block_keeps_its_bits_when_the_host_takes_the_same_range_again() -> No
     assert block.data_pages == bitmap.count(block.pages) == PAGES
     words[:] = 1
     assert bitmap.count(block.pages) == PAGES
+
+
+@pytest.mark.parametrize("at", [None, 0, WORTH_WORDS // 2 - 1, WORTH_WORDS // 2, WORTH_WORDS - 1])
+def test_one_bit_in_either_half_of_a_long_run_is_seen(at: int | None) -> None:
+    words = np.zeros(WORTH_WORDS, np.uint64)
+    if at is not None:
+        words[at] = 1
+    scanner = Scanner()
+    try:
+        assert scanner.all_zero(words) is (at is None)
+        assert scanner.all_zero(words[: WORTH_WORDS - 1]) is (at in (None, WORTH_WORDS - 1))
+    finally:
+        scanner.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("amig-scan")]
 
 
 @given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 4095), st.integers(1, 255)), max_size=6), st.booleans())

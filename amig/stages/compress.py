@@ -85,6 +85,7 @@ class Compress:
                 await self._drain(0)
         finally:
             self._threads.shutdown(wait=True, cancel_futures=True)
+            self._reader.close()
 
     async def _reserve(self) -> None:
         # Before the clear, so that the read can follow it at once.

@@ -14,6 +14,7 @@ from amig.memory import PAGE_SIZE, GuestMemory, Words
 from amig.pieces import Pieces
 from amig.stages.gather import block_edges, zero_pages
 from amig.stages.items import BLOCK_SPAN, Block, Chunk, Codec, PageIndex
+from amig.stages.scan import Scanner
 from amig.stats import MigrationStats
 
 
@@ -24,6 +25,11 @@ class ChunkReader:
         self._memory = memory
         self._stats = stats
         self._digests = digests
+        self._scanner = Scanner()
+
+    def close(self) -> None:
+        """Let go of what it needed to read. Idempotent."""
+        self._scanner.close()
 
     def blocks(self, chunk: Chunk) -> Iterator[Block]:
         """Yield the chunk's blocks, live; the last one carries the time of the clear."""
@@ -32,7 +38,7 @@ class ChunkReader:
         memory = self._memory.pages(extent.region)
         words = chunk.words if extent.holes is None else self._without_holes(chunk, extent.holes)
         index = bitmap.to_pages(words, extent.first)
-        zero = zero_pages(memory, index)
+        zero = zero_pages(memory, index, self._scanner.all_zero)
         stats.empty_chunks = stats.empty_chunks + 1 if zero.all() else 0
         stats.read_ns += time.monotonic_ns() - begin
         for start, stop in block_edges(index, zero, extent.block):
