@@ -106,6 +106,12 @@ def test_targets_are_met_or_missed_by_the_median() -> None:
     assert found["T8: memory of amig beside the guest's, by 64 MiB"].met is True
 
 
+def test_a_delta_cache_is_no_memory_that_amig_may_not_have() -> None:
+    delta = replace(AMIG, cache=1 << 30)
+    found = report(replace(SMALL, modes=(delta,)), (delta,), runs(), {}).findings
+    assert "T8: memory of amig beside the guest's, by 1088 MiB" in {one.text for one in found}
+
+
 def test_losing_and_failing_rows_stay_in_the_table() -> None:
     text = markdown(small_report())
     assert "2.00 (1.00–3.00), 2 of 3 runs" in text

@@ -22,6 +22,8 @@ class Mode:
     """amig: further words of `amig migrate`."""
     streams: int | None = None
     """amig: connections, if not those of the scenario."""
+    cache: int = 0
+    """amig: bytes of its delta cache, which T8 leaves apart."""
     multifd: bool = False
     compression: str = "none"
     """Of multifd."""
@@ -32,7 +34,7 @@ class Mode:
 AMIG = Mode(name="amig", side="amig")
 AMIG_ONE = Mode(name="amig, 1 stream", side="amig", streams=1)
 AMIG_ZSTD = Mode(name="amig zstd", side="amig", words=("--compression", "zstd"))
-AMIG_DELTA = Mode(name="amig delta", side="amig", words=("--delta-cache", str(1400 * MIB)))
+AMIG_DELTA = Mode(name="amig delta", side="amig", words=("--delta-cache", str(1400 * MIB)), cache=1400 * MIB)
 AMIG_AUTO = Mode(name="amig auto", side="amig", words=("--compression", "auto"))
 PLAIN = Mode(name="QEMU plain", side="qemu")
 MULTIFD = Mode(name="QEMU multifd", side="qemu", multifd=True)
