@@ -159,7 +159,7 @@ async def survives(kill: Kill, *faults: Case) -> None:
 
         here.relay.on(kill.send, strike, after=kill.position is Position.AFTER)
         here.migrator = await here.start(
-            *("migrate", "a", here.relay.address, "--downtime", "2s", "--json"),
+            *("migrate", "a", here.relay.address, "--downtime", "2s", "--streams", "1", "--json"),
             *("--connect-timeout", "2s", "--handover-timeout", "2s", "--reconnect", "2s" if faults else "0s"),
         )
         said = await ended(here.migrator)
