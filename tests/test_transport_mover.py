@@ -290,3 +290,36 @@ def test_without_a_descriptor_or_a_thread_to_be_had_the_link_is_lost_and_says_wh
                     await far.recv_pieces(empty())
 
     run(main())
+
+
+@pytest.mark.parametrize("way", ["send", "receive"])
+def test_few_pages_never_go_to_a_number_that_was_closed_and_given_out_again(run: Run, way: str) -> None:
+    """The connection is dropped just after there was room, or something to read, and before the task goes on."""
+    few = Pieces(np.full((8, PAGE_SIZE), 7, np.uint8), np.arange(8, dtype=np.int64))
+
+    async def main() -> None:
+        async with pair() as (near, _):
+            if way == "send":
+                with contextlib.suppress(BlockingIOError):  # until there is no room
+                    while True:
+                        near._sock.send(bytes(65536))
+            moving = asyncio.create_task(near.send_pieces(b"", few) if way == "send" else near.recv_pieces(few))
+            while not near._waiting:
+                await asyncio.sleep(0)
+            number = near._sock.fileno()
+            one, other = socket.socketpair()
+            with one, other:
+                one.setblocking(False)
+                for waiter in near._waiting:
+                    waiter.set_result(None)
+                near.abort()
+                os.dup2(one.fileno(), number)
+                other.send(b"of somebody else")
+                with pytest.raises(LinkLost, match="it was closed on this side"):
+                    await moving
+                os.close(number)
+                assert one.recv(100) == b"of somebody else"
+                with pytest.raises(BlockingIOError):
+                    other.recv(1, socket.MSG_DONTWAIT)
+
+    run(main())

@@ -145,7 +145,7 @@ class SocketConnection:
         self._recv_broken = self._recv_broken or closed
         self._forget(self._fd, self._loop.remove_reader)
         self._forget(self._out_fd, self._loop.remove_writer)
-        self._fd = -1
+        self._fd = self._out_fd = -1
         for mover in self._movers.values():
             mover.stop()
         self._sock.close()
@@ -218,9 +218,8 @@ class SocketConnection:
         self, size: int, event: int, step: Callable[[int], bool], ready: Callable[[], Awaitable[None]]
     ) -> None:
         """Call ``step`` until it returns False, or the connection is aborted: in a thread where that is worth it."""
-        fd = self._out_fd if event == select.POLLOUT else self._fd
         if size >= WORTH_BYTES and self._threaded:
-            mover = self._movers.get(event) or Mover(fd, event)
+            mover = self._movers.get(event) or Mover(self._fd, event)
             self._movers[event] = mover
             try:
                 await mover.run(step)
@@ -230,7 +229,8 @@ class SocketConnection:
             return
         while True:
             try:
-                if not step(fd):
+                # Looked up each time: `abort` may have come between, and the number may be somebody else's by now.
+                if not step(self._out_fd if event == select.POLLOUT else self._fd):
                     break
             except BlockingIOError:
                 await ready()
