@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
 import msgspec
@@ -419,21 +419,28 @@ async def says(address: str, message: Message) -> Message | None:
         link.abort()
 
 
+@contextmanager
+def coming_later() -> Iterator[asyncio.Event]:
+    """A source that has lost its connection comes back only once the event is set."""
+    held = asyncio.Event()
+    resume = Peer.resume
+
+    async def later(self: Peer, since: int, round_: int) -> Answer:
+        await held.wait()
+        return await resume(self, since, round_)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Peer, "resume", later)
+        yield held
+
+
 @pytest.mark.parametrize("wrong", ["token", "migration", "hello", "join", "garbage"])
 async def test_others_are_refused_and_the_source_can_still_come_back(wrong: str) -> None:
     guest = busy_guest()
     refused: list[Message | None] = []
 
     async with receiving() as receiver, asyncio.timeout(30):
-        held = asyncio.Event()
-        resume = Peer.resume
-
-        async def later(self: Peer, since: int, round_: int) -> Answer:
-            await held.wait()
-            return await resume(self, since, round_)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Peer, "resume", later)
+        with coming_later() as held:
             policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]
             async with Migration(guest, receiver.address, policy, on_event=cutting(receiver, [1])) as migration:
                 right = await lost_to(receiver, migration)
@@ -517,15 +524,7 @@ async def test_who_connects_and_says_nothing_keeps_no_source_waiting() -> None:
     guest = busy_guest()
     silent: list[Connection] = []
     async with receiving() as receiver, asyncio.timeout(60):
-        held = asyncio.Event()
-        resume = Peer.resume
-
-        async def later(self: Peer, since: int, round_: int) -> Answer:
-            await held.wait()
-            return await resume(self, since, round_)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Peer, "resume", later)
+        with coming_later() as held, pytest.MonkeyPatch.context() as patch:
             patch.setattr(door, "PATIENCE", 1000.0)
             patch.setattr(door, "MAX_STRANGERS", 4)
             policy = Policy(bandwidth=8e6, **QUICK)  # type: ignore[arg-type]

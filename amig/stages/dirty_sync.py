@@ -76,7 +76,6 @@ class DirtySync:
         self._started = start.began
         self._round_began = time.monotonic()
         self._planned = 0
-        self._block = BLOCK_PAGES
         self._sparse = start.sparse
         self._known = start.known
         self._paused = False
@@ -164,17 +163,18 @@ class DirtySync:
         present = {region: self._present(region) for region in dirty} if sparse else {}
         ranges = {region: self._plan(region, words, present.get(region)) for region, words in dirty.items()}
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
+        block = BLOCK_PAGES
         if self._paused:  # it waits for the first block to be read, and for the last to be placed
-            self._block = max(MIN_BLOCK_PAGES, min(self._planned // PAUSED_BLOCKS, BLOCK_PAGES))
+            block = max(MIN_BLOCK_PAGES, min(self._planned // PAUSED_BLOCKS, BLOCK_PAGES))
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned, first_pass=sparse)
-        if await self._emit_extents(ranges, present):
+        if await self._emit_extents(ranges, present, block):
             self._sparse = False
         await self._out.send(RoundEnd(round=self._round), 0)
         self._round += 1
         self._stats.rounds = self._round
 
-    async def _emit_extents(self, ranges: Ranges, present: Mapping[int, Words]) -> bool:
+    async def _emit_extents(self, ranges: Ranges, present: Mapping[int, Words], block: int) -> bool:
         """Put the extents out; returns False when time was up before the last."""
         for region, rows in ranges.items():
             for first, count, pages in self._joined(rows, first_pass=region in present):
@@ -185,7 +185,7 @@ class DirtySync:
                     holes = ~present[region][first // WORD_PAGES : -(-(first + count) // WORD_PAGES)]
                 extent = Extent(
                     round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes,
-                    block=self._block,
+                    block=block,
                 )  # fmt: skip
                 await self._out.send(extent, extent.size)
         return True

@@ -19,9 +19,12 @@ def is_run(index: PageIndex) -> bool:
     return len(index) > 0 and int(index[-1]) - int(index[0]) + 1 == len(index)
 
 
-def zero_pages(
-    memory: Pages, index: PageIndex, all_zero: Callable[[Words], bool] = lambda words: not words.max()
-) -> npt.NDArray[np.bool_]:
+def all_zero(words: Words) -> bool:
+    """Whether no bit is set in ``words``, of which there is at least one."""
+    return not words.max()
+
+
+def zero_pages(memory: Pages, index: PageIndex, all_zero: Callable[[Words], bool] = all_zero) -> npt.NDArray[np.bool_]:
     """Return, for each page of ``index``, whether all its bytes are zero.
 
     Most pages that are not zero show it in their first or their middle word, so only the others are read whole. Where

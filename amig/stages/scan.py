@@ -7,6 +7,7 @@ from typing import Final
 
 from amig.memory import Words
 from amig.promptness import be_patient
+from amig.stages.gather import all_zero
 
 WORTH_WORDS: Final = 1 << 20
 """Less than 8 MiB is read before a thread has woken up and answered."""
@@ -21,11 +22,11 @@ class Scanner:
     def all_zero(self, words: Words) -> bool:
         """Whether no bit is set in ``words``."""
         if len(words) < WORTH_WORDS:
-            return not words.max()
+            return all_zero(words)
         middle = len(words) // 2
-        other = self._thread.submit(words[middle:].max)
-        mine = words[:middle].max()
-        return not (other.result() or mine)
+        other = self._thread.submit(all_zero, words[middle:])
+        mine = all_zero(words[:middle])
+        return other.result() and mine
 
     def close(self) -> None:
         """End the thread, which has nothing to do. Idempotent."""

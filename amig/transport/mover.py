@@ -67,15 +67,13 @@ class Mover:
         self._moving = True
         self._queue.put(_Work(step, done))
         try:
-            cancelled = None
-            try:
-                await asyncio.shield(done)
-            except asyncio.CancelledError as error:
-                self.stop()
-                cancelled = await settle(done) or error
-                done.exception()  # seen: the cancellation is what is told
-            if cancelled is not None:
-                raise cancelled
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self.stop()
+            await settle(done)
+            done.exception()  # seen: the cancellation is what is told
+            raise
+        else:
             return not self._stopped
         finally:
             self._moving = False
