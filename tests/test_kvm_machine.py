@@ -14,6 +14,7 @@ from amig.host.boot import BootConfig
 from amig.host.images import image_path
 from amig.host.kvm_machine import KvmMachine, MachineConfig
 from amig.host.layout import GIB, memory_map
+from amig.kvm import state as vcpu_state
 from amig.kvm.cpuid import pack_cpuid, unpack_cpuid
 from amig.memory import MemoryMap
 from tests.conftest import standard_kvm
@@ -324,6 +325,19 @@ def test_a_machine_whose_state_did_not_load_never_runs(make):
     two = make(boot(vcpus=2))
     with pytest.raises(VerifyFailed, match="1 vCPUs, this machine 2"):
         two.load(source.save())
+
+
+def test_a_state_with_a_feature_that_was_not_announced_is_refused(make):
+    """What this host agreed to is the description; the state, which comes when all is sent, may ask for no more."""
+    source = make(boot())
+    state = msgspec.msgpack.decode(source.save())
+    vcpu = vcpu_state.decode(state["vcpus"][0])
+    more = [e._replace(ecx=e.ecx | 1 << 16) if e.leaf == 1 else e for e in vcpu.cpuid_entries()]
+    vcpus = [vcpu_state.encode(msgspec.structs.replace(vcpu, cpuid=pack_cpuid(more)))]
+    other = make(KvmMachine.build_like(source.describe(), source.memory.map))
+    with pytest.raises(VerifyFailed, match="features that were not announced: cpuid-1"):
+        other.load(msgspec.msgpack.encode({**state, "vcpus": vcpus}))
+    other.load(source.save())
 
 
 def test_a_load_that_fails_half_way_leaves_a_machine_that_refuses_to_run(make, monkeypatch):

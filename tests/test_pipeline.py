@@ -195,8 +195,14 @@ def sizes(guest: ModelGuest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
+@pytest.fixture
+def planned_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning does not run ahead of what is read: so small a guest would be planned before its first page is."""
+    monkeypatch.setattr("amig.stages.pipeline.PLANNED_BYTES", 1)
+
+
+@pytest.mark.usefixtures("planned_late")
 async def test_zero_pages_pass_in_larger_extents_until_content_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amig.stages.pipeline.PLANNED_BYTES", 1)  # planning does not run ahead of what is read
     guest = zeros_then_content()
     taken = sizes(guest, monkeypatch)
     (await migrate(guest, Policy(chunk=SMALL_CHUNKS))).assert_equal()
@@ -221,6 +227,7 @@ async def test_what_a_paused_guest_waits_for_goes_in_small_blocks() -> None:
     assert max(last) == 256
 
 
+@pytest.mark.usefixtures("planned_late")
 async def test_extents_of_a_fixed_span_stay_as_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = zeros_then_content()
     taken = sizes(guest, monkeypatch)
@@ -228,6 +235,7 @@ async def test_extents_of_a_fixed_span_stay_as_they_were_asked_for(monkeypatch: 
     assert max(taken) == 64
 
 
+@pytest.mark.usefixtures("planned_late")
 async def test_a_page_written_between_zero_pages_that_passed_as_one_is_sent_again() -> None:
     guest = zeros_then_content()
     late = iter(range(PAGES - 1700, 0, -37))
