@@ -14,6 +14,7 @@ from amig.errors import NotConverging
 from amig.guest import RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
+from amig.stages.delta_choice import PATIENCE
 from amig.stages.items import Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
@@ -159,6 +160,35 @@ async def test_differences_bring_the_same_memory(compression: str, streams: int,
     run.assert_equal()
     assert run.stats.pages_delta > 0
     assert any(block.codec is Codec.XOR_ZSTD for link in links for block in link.blocks)
+
+
+async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_difference_is_from_an_older_version() -> (
+    None
+):
+    """Of a page that the kernel took as a whole no version is known: the next difference must not use one."""
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(0, PAGES, 2))
+    rounds = 2 * PATIENCE + 5  # wholes to the end would mend what went wrong before
+    policy = Policy(chunk=1 << 18, delta_cache=PAGES * PAGE_SIZE, downtime=1e-6, max_rounds=rounds, on_timeout="switch")
+    link = MemoryLink(live=True)
+
+    def write(round_: int) -> None:
+        if guest.state is RunState.RUNNING:
+            guest.write(np.arange(0, 200, 2) + 1024 * (round_ % 2))
+
+    def start(round_: int) -> None:  # as much as ever is left after each round
+        write(round_)
+        guest.after_take = (lambda: write(0)) if not round_ else lambda: None
+
+    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
+    run.assert_equal()
+    coded = {round_: set[Codec]() for round_ in range(run.stats.rounds)}
+    for block in link.blocks:
+        coded[block.round].add(block.codec)
+    turn = next(round_ for round_ in coded if round_ and coded[round_] == {Codec.RAW})
+    assert all(coded[round_] == {Codec.XOR_ZSTD} for round_ in range(2, turn)), "differences until then"
+    assert all(coded[round_] == {Codec.RAW} for round_ in range(turn, turn + PATIENCE))
+    assert any(Codec.XOR_ZSTD in coded[round_] for round_ in range(turn + PATIENCE, rounds)), "and again afterwards"
 
 
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:

@@ -115,7 +115,8 @@ def migrate(
             "--delta-cache",
             metavar="SIZE",
             help="Memory for pages as they were sent: a page that is sent again travels as what has changed in it. For "
-            "links that can't follow a busy guest; with as much as the guest has, it works from the second round on.",
+            "links that can't follow a busy guest; with as much as the guest has, it works from the second round on. "
+            "Where it gets nowhere, pages travel as wholes.",
             rich_help_panel=_STREAM,
         ),
     ] = "0",

@@ -80,7 +80,7 @@ class Compress:
                             await self._out.send(item, 0)
                     else:
                         for block in self._reader.blocks(item):
-                            await self._pass_on(block)
+                            await self._pass_on(block, whole=item.extent.whole)
                         await self._reserve()
                 await self._drain(0)
         finally:
@@ -92,8 +92,8 @@ class Compress:
         if self._spare is None:
             self._spare = await self._pool.acquire()
 
-    async def _pass_on(self, block: Block) -> None:
-        places = self._look_up(block)
+    async def _pass_on(self, block: Block, *, whole: bool) -> None:
+        places = self._look_up(block, whole=whole)
         packing = block.data is not None and self._choice.compress()
         if not packing and isinstance(block.data, Pieces) and self._choice.sample():
             self._sample(block.data)
@@ -117,14 +117,22 @@ class Compress:
         raw = few.copy_to(np.empty((len(few.index), PAGE_SIZE), np.uint8))
         self._sampled = self._threads.submit(self._pack_and_learn, raw)
 
-    def _look_up(self, block: Block) -> Places | None:
-        """Find the versions of the block's pages that the destination has; None where it will not need them."""
+    def _look_up(self, block: Block, *, whole: bool) -> Places | None:
+        """Find the versions of the block's pages that the destination has; None where it will not need them.
+
+        Pages that are to travel ``whole`` are forgotten: nobody knows which version the kernel takes from memory.
+        """
         sent = self._sent
         if sent is None or not (block.round or sent.whole):
             return None
         if block.round and block.zero_pages:
             sent.forget(block.region, bitmap.to_pages(block.zero, block.first))
-        return sent.find(block.region, block.data.index, block.round) if isinstance(block.data, Pieces) else None
+        if not isinstance(block.data, Pieces):
+            return None
+        if whole:
+            sent.forget(block.region, block.data.index)
+            return None
+        return sent.find(block.region, block.data.index, block.round)
 
     async def _copy(self, block: Block) -> Block:
         buffer = self._spare if self._spare is not None else await self._pool.acquire()

@@ -15,6 +15,7 @@ from amig.guest import Guest
 from amig.memory import PAGE_SIZE, WORD_PAGES, Words
 from amig.policy import Convergence, Policy, Verdict
 from amig.stages.channel import SendEnd
+from amig.stages.delta_choice import DeltaChoice
 from amig.stages.items import BLOCK_PAGES, Extent, RoundEnd
 from amig.stages.ledger import Ledger
 from amig.stages.resumption import Start
@@ -79,6 +80,7 @@ class DirtySync:
         self._sparse = start.sparse
         self._known = start.known
         self._paused = False
+        self._deltas = DeltaChoice()
         self.state = b""
         """Device and vCPU state, once the run is over."""
 
@@ -134,6 +136,7 @@ class DirtySync:
         if ended is not None:
             self._convergence.round_took(self._planned * PAGE_SIZE, now - self._round_began)
             self._observer.round_ended(ended, self._planned, pages, now - self._round_began)
+            self._deltas.round_ended(pages)
         return self._convergence.judge(
             rounds=self._round,
             remaining_bytes=pages * PAGE_SIZE,
@@ -185,7 +188,7 @@ class DirtySync:
                     holes = ~present[region][first // WORD_PAGES : -(-(first + count) // WORD_PAGES)]
                 extent = Extent(
                     round=self._round, region=region, first=first, count=count, dirty=pages, holes=holes,
-                    block=block,
+                    block=block, whole=self._deltas.whole,
                 )  # fmt: skip
                 await self._out.send(extent, extent.size)
         return True

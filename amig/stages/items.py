@@ -39,6 +39,8 @@ class Extent:
 
     block: int = BLOCK_PAGES
     """Most pages of content in a block of it."""
+    whole: bool = False
+    """Whether its pages are to travel as wholes even where a difference would do."""
 
     @property
     def size(self) -> int:
