@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from amig.stages.delta_choice import PATIENCE, PROGRESS, DeltaChoice
 
-
 SHRINKING = [1_000_000_000 * 7**n // 10**n for n in range(40)]
 
 

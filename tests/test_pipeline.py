@@ -191,6 +191,23 @@ async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_dif
     assert any(Codec.XOR_ZSTD in coded[round_] for round_ in range(turn + PATIENCE, rounds)), "and again afterwards"
 
 
+async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_written_again() -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    hot, cold = np.arange(256), np.arange(256, PAGES, 16)
+    link = MemoryLink()
+
+    def start(round_: int) -> None:  # what is written in the first round is dirty at its end
+        guest.after_take = (lambda: guest.write(np.concatenate([hot, cold]))) if not round_ else lambda: None
+
+    policy = Policy(chunk=1 << 18, downtime=1e-6, max_rounds=2, on_timeout="switch")
+    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
+    run.assert_equal()
+    first = [block.first for block in link.blocks if block.round == 1]
+    assert first[-4:] == [0, 64, 128, 192]
+    assert first[:-4] == sorted(first[:-4]), "of equals, in the order of memory"
+
+
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
     guest = ModelGuest(PAGES)
     guest.write([5, 700, 701])

@@ -177,7 +177,7 @@ def test_wrong_usage_is_told_before_anything_starts(words: tuple[str, ...], caps
 
 
 def test_modes_can_be_chosen_and_added() -> None:
-    (scenario,) = choose(["T2"])
+    (scenario,) = choose(["T3-zero"])
     asked = versus_qemu.parse(["--also", "amig delta=--delta 1GiB", "--mode", "amig", "--mode", "QEMU multifd"])
     modes = versus_qemu.modes_of(scenario, asked)
     assert [mode.name for mode in modes] == ["amig", "amig delta", "QEMU multifd"]
