@@ -226,26 +226,26 @@ def cut(
     """
     if limit_pages <= 0 or (max_span_pages is not None and max_span_pages <= 0):
         raise ValueError("a limit of no pages")
-    busy = np.flatnonzero(words)
-    if not busy.size:
+    filled = int(np.count_nonzero(words))
+    if not filled:
         return np.empty((0, 3), dtype=np.int64)
-    held = popcount(words[busy] if busy.size < words.size else words)
-    full = limit_pages % WORD_PAGES == 0 and int(held.min()) == WORD_PAGES
-    if full and busy.size == words.size and max_span_pages is None:  # the first round: nothing is to be searched for
-        return _even(words.size * WORD_PAGES, first, limit_pages, pages)
-    after = np.empty(busy.size + 1, dtype=np.int64)
+    # Few words with set pages are looked at alone. Many are cheaper to look at with the empty ones between them.
+    busy = np.flatnonzero(words) if filled < words.size // 4 else None
+    held = popcount(words if busy is None else words[busy])
+    if limit_pages % WORD_PAGES == 0 and filled == words.size and max_span_pages is None and held.min() == WORD_PAGES:
+        return _even(words.size * WORD_PAGES, first, limit_pages, pages)  # the first round: nothing to be searched for
+    after = np.empty(held.size + 1, dtype=np.int64)
     after[0] = 0
     np.cumsum(held, out=after[1:])
+    full = limit_pages % WORD_PAGES == 0 and after[-1] == filled * WORD_PAGES
     # Where every word is full the stretch is one range.
-    stretch = after[:-1] // (limit_pages if full else limit_pages * LANE_RANGES)
-    edge = np.empty(busy.size, dtype=np.bool_)
-    edge[0] = True
-    np.not_equal(stretch[1:], stretch[:-1], out=edge[1:])
+    stretch = limit_pages if full else limit_pages * LANE_RANGES
+    edges = np.searchsorted(after[:-1], np.arange(0, after[-1], stretch))
     if max_span_pages is not None:
-        grid = busy // words_for(max_span_pages)
-        edge[1:] |= grid[1:] != grid[:-1]
-    start = np.flatnonzero(edge)
-    stop = np.append(start[1:], busy.size)
+        edges = np.concatenate((edges, _grid(words.size, busy, words_for(max_span_pages))))
+        edges.sort()
+    start = edges[np.diff(edges, prepend=-1) > 0]
+    stop = np.append(start[1:], held.size)
     heads = [start]
     while True:
         more = np.flatnonzero(after[stop] - after[start] > limit_pages)
@@ -259,15 +259,28 @@ def cut(
         heads.append(start)
     head = np.concatenate(heads)
     head.sort()
-    end = np.append(head[1:], busy.size)
-    rows = np.empty((head.size, 3), dtype=np.int64)
-    rows[:, 0] = busy[head] << 6
-    rows[:, 1] = ((busy[end - 1] + 1) << 6) - rows[:, 0]
-    rows[:, 2] = after[end] - after[head]
+    end = np.append(head[1:], held.size)
+    some = after[end] > after[head]
+    before, behind = after[head[some]], after[end[some]]
+    # From the first word with a set page to the last one.
+    low, high = np.searchsorted(after, before, side="right") - 1, np.searchsorted(after, behind) - 1
+    if busy is not None:
+        low, high = busy[low], busy[high]
+    rows = np.empty((low.size, 3), dtype=np.int64)
+    rows[:, 0] = low << 6
+    rows[:, 1] = (high + 1 - low) << 6
+    rows[:, 2] = behind - before
     if pages is not None:
         rows[-1, 1] = min(rows[-1, 1], pages - rows[-1, 0])
     rows[:, 0] += first
     return rows
+
+
+def _grid(size: int, busy: Index | None, span: int) -> Index:
+    """Return where, of ``size`` words or of those in ``busy``, a new multiple of ``span`` words begins."""
+    if busy is None:
+        return np.arange(0, size, span)
+    return np.flatnonzero(np.diff(busy // span)) + 1
 
 
 def _even(size: int, first: int, limit_pages: int, pages: int | None) -> Index:

@@ -226,7 +226,7 @@ class DirtySync:
         limit = self._policy.chunk // PAGE_SIZE
         span = self._policy.chunk_span and self._policy.chunk_span // PAGE_SIZE
         if present is None:
-            return _hot_last(bitmap.cut(words, 0, limit, span, pages=pages))
+            return hot_last(bitmap.cut(words, 0, limit, span, pages=pages))
         # Holes are planned too, since their bits must be taken (design rule 6), but they cost nothing: an extent
         # reaches to where the next begins.
         rows = bitmap.cut(words & present, 0, limit, span, pages=pages)
@@ -240,7 +240,7 @@ class DirtySync:
         return rows
 
 
-def _hot_last(rows: bitmap.Index) -> bitmap.Index:
+def hot_last(rows: bitmap.Index) -> bitmap.Index:
     """Return extents with those last that are dirtier for their size, in steps of a factor of two.
 
     They are written more often, and what goes first has the whole round to be written again.

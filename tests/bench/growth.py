@@ -15,6 +15,7 @@ from amig.dirty.hub import DirtyLogHub
 from amig.memory import PAGE_SIZE, MemoryMap, Region, Slot, Words
 from amig.policy import Policy
 from amig.sim.kernel_log import SimKernelLog
+from amig.stages.dirty_sync import hot_last
 from tests.bench.summary import LINEAR, Report, line_fit
 
 TIB = 1 << 40
@@ -73,7 +74,7 @@ def lines(reports: Sequence[Report]) -> list[Line]:
 
 
 def rounds(size: int = TIB, repeat: int = 5) -> list[Round]:
-    """Measure sync (GET of the kernel's bits, handed to the user) and scan (count, cut into extents) of one round."""
+    """Measure sync (GET of the kernel's bits, handed to the user) and scan (count, cut into extents, in order) of one round."""
     pages = size // PAGE_SIZE
     random = np.random.default_rng(1)
     full = bitmap.ones(pages)
@@ -119,7 +120,7 @@ def _round(size: int, kind: str, words: Words, repeat: int) -> Round:
             user.sync(into)
             synced = time.perf_counter()
             bitmap.count(into[0])
-            found = len(bitmap.cut(into[0], 0, limit, None, pages=pages))
+            found = len(hot_last(bitmap.cut(into[0], 0, limit, None, pages=pages)))
             scanned = time.perf_counter()
             sync.append((synced - began) * 1e3)
             scan.append((scanned - synced) * 1e3)
