@@ -74,7 +74,7 @@ def lines(reports: Sequence[Report]) -> list[Line]:
 
 
 def rounds(size: int = TIB, repeat: int = 5) -> list[Round]:
-    """Measure sync (GET of the kernel's bits, handed to the user) and scan (count, cut into extents, in order) of one round."""
+    """Measure sync (GET of the kernel's bits, handed to the user) and scan (count, cut and sort) of one round."""
     pages = size // PAGE_SIZE
     random = np.random.default_rng(1)
     full = bitmap.ones(pages)
