@@ -1,4 +1,4 @@
-"""Pages travel as differences or as wholes: whichever way gets the migration somewhere is kept."""
+"""Pages travel as differences or as wholes: whichever way leaves less to be sent is kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amig.stages.delta_choice import PATIENCE, PROGRESS, DeltaChoice
+from amig.stages.delta_choice import PATIENCE, PROGRESS, TRIAL, WEARY, DeltaChoice
 
 SHRINKING = [1_000_000_000 * 7**n // 10**n for n in range(40)]
+STUCK = [2_000_000_000] * (1 + PATIENCE)
+"""After these, the other way is tried."""
 
 
 def told(choice: DeltaChoice, remaining: Iterable[int]) -> list[bool]:
@@ -26,25 +28,39 @@ def test_differences_are_kept_for_as_long_as_less_and_less_is_left() -> None:
     assert not any(told(DeltaChoice(), SHRINKING))
 
 
-def test_a_migration_that_gets_nowhere_with_differences_tries_wholes_and_then_again_differences() -> None:
-    ways = told(DeltaChoice(), [1000] * (1 + 3 * PATIENCE))
-    assert ways == [False] * PATIENCE + [True] * PATIENCE + [False] * PATIENCE + [True]
+def test_a_migration_that_gets_nowhere_with_differences_tries_wholes() -> None:
+    ways = told(DeltaChoice(), STUCK)
+    assert ways == [False] * PATIENCE + [True]
 
 
-def test_wholes_are_kept_where_they_get_somewhere() -> None:
+def test_wholes_are_kept_where_they_leave_less() -> None:
     choice = DeltaChoice()
-    told(choice, [2 * SHRINKING[0]] * (1 + PATIENCE))
+    told(choice, STUCK)
     assert all(told(choice, SHRINKING))
 
 
+def test_a_trial_that_leaves_as_much_is_over_soon_and_the_next_one_far_away() -> None:
+    choice = DeltaChoice()
+    told(choice, STUCK)
+    assert told(choice, STUCK[:TRIAL]) == [True] * (TRIAL - 1) + [False]
+    assert told(choice, STUCK[:1] * (1 + WEARY * PATIENCE)) == [False] * WEARY * PATIENCE + [True]
+
+
+def test_what_the_way_before_has_left_does_not_count_in_a_trial() -> None:
+    choice = DeltaChoice()
+    told(choice, STUCK)
+    half = TRIAL // 2
+    assert told(choice, [100 * STUCK[0]] * half + [STUCK[0] - 1] * half)[-1]
+
+
 def test_a_little_less_once_in_a_while_is_luck_and_not_progress() -> None:
-    lucky = [1000] * (1 + PATIENCE)
-    lucky[PATIENCE // 2] = int(1000 * PROGRESS) + 1
+    lucky = list(STUCK)
+    lucky[PATIENCE // 2] = int(STUCK[0] * PROGRESS) + 1
     assert told(DeltaChoice(), lucky)[-1]
 
 
-@given(st.lists(st.integers(0, 1 << 40), max_size=200))
+@given(st.lists(st.integers(0, 1 << 40), max_size=300))
 def test_no_way_is_taken_for_fewer_rounds_than_it_needs_to_show_what_it_can(remaining: list[int]) -> None:
     ways = told(DeltaChoice(), remaining)
     changes = [at for at, (before, after) in enumerate(pairwise(ways)) if before != after]
-    assert all(later - earlier >= PATIENCE for earlier, later in pairwise(changes))
+    assert all(later - earlier >= TRIAL for earlier, later in pairwise(changes))

@@ -14,7 +14,7 @@ from amig.errors import NotConverging
 from amig.guest import RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
-from amig.stages.delta_choice import PATIENCE
+from amig.stages.delta_choice import PATIENCE, TRIAL
 from amig.stages.items import Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
@@ -168,7 +168,7 @@ async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_dif
     """Of a page that the kernel took as a whole no version is known: the next difference must not use one."""
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
-    rounds = 2 * PATIENCE + 5  # wholes to the end would mend what went wrong before
+    rounds = PATIENCE + TRIAL + 6
     policy = Policy(chunk=1 << 18, delta_cache=PAGES * PAGE_SIZE, downtime=1e-6, max_rounds=rounds, on_timeout="switch")
     link = MemoryLink(live=True)
 
@@ -187,8 +187,8 @@ async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_dif
         coded[block.round].add(block.codec)
     turn = next(round_ for round_ in coded if round_ and coded[round_] == {Codec.RAW})
     assert all(coded[round_] == {Codec.XOR_ZSTD} for round_ in range(2, turn)), "differences until then"
-    assert all(coded[round_] == {Codec.RAW} for round_ in range(turn, turn + PATIENCE))
-    assert any(Codec.XOR_ZSTD in coded[round_] for round_ in range(turn + PATIENCE, rounds)), "and again afterwards"
+    assert all(coded[round_] == {Codec.RAW} for round_ in range(turn, turn + TRIAL))
+    assert any(Codec.XOR_ZSTD in coded[round_] for round_ in range(turn + TRIAL, rounds)), "and again afterwards"
 
 
 async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_written_again() -> None:
