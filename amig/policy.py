@@ -141,8 +141,9 @@ class Convergence:
     """Decides after every sync whether the guest can be moved within its downtime limit.
 
     The budget is what is left to send at the rate achieved, plus the fixed part: kick, final sync, save, round trips,
-    the two durable records, restore. The rate is the link's, or the pace at which whole rounds really went, whichever
-    is less: a link that could carry more is no help when the processors can't.
+    the two durable records, restore. The rate is the link's, the pace at which whole rounds really went, or what the
+    operator allows, whichever is least: a link that could carry more is no help when the processors can't, and what it
+    carried after a rest, it will not carry for long.
     """
 
     policy: Policy
@@ -167,8 +168,13 @@ class Convergence:
         if seconds > 0 and (size >= PACE_BYTES or size / seconds > self.pace > 0):
             self.pace += (size / seconds - self.pace) * (0.5 if self.pace else 1.0)
 
-    def rate(self, link: float) -> float:
-        """Return the bytes of memory a second to count with; ``link``: what the link carries while it is sent on."""
+    def rate(self, link: float, gain: float = 1.0) -> float:
+        """Return the bytes of memory a second to count with; ``link``: what the link carries while it is sent on.
+
+        ``gain`` is the bytes of memory that a byte on the link stands for.
+        """
+        if self.limits.bandwidth is not None:
+            link = min(link, self.limits.bandwidth * gain)
         return min(link, self.pace) if self.pace else link
 
     @property

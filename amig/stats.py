@@ -74,6 +74,11 @@ class LinkMeter:
         return self._bytes / self._busy_ns * 1e9 if self._busy_ns else 0.0
 
     @property
+    def gain(self) -> float:
+        """Bytes of guest memory that a byte on the link stands for, 1 before anything was sent."""
+        return self._carried / self._bytes if self._bytes else 1.0
+
+    @property
     def memory_per_s(self) -> float:
         """The same in bytes of guest memory: more than the link's when they travel compressed."""
         return self._carried / self._busy_ns * 1e9 if self._busy_ns else 0.0

@@ -68,6 +68,15 @@ def test_a_fast_link_is_no_help_when_rounds_go_slowly() -> None:
     assert GIB / 4 < decision.rate(GIB) < GIB
 
 
+def test_what_a_link_carried_after_a_rest_is_no_promise_beyond_what_the_operator_allows() -> None:
+    decision = convergence(bandwidth=GIB / 4)
+    assert decision.rate(GIB) == GIB / 4
+    assert decision.rate(GIB / 8) == GIB / 8
+    assert decision.rate(GIB, gain=2.0) == GIB / 2, "compressed, twice as much memory in the same bytes"
+    decision.limits.bandwidth = None
+    assert decision.rate(GIB) == GIB
+
+
 def test_the_pace_of_a_tiny_round_is_not_counted() -> None:
     decision = convergence()
     decision.round_took(MIB, 1.0)

@@ -41,6 +41,17 @@ def test_connections_that_send_at_the_same_time_share_the_time() -> None:
     assert abs(meter.bytes_per_s / ((2 << 20) * 1000) - 1) < 0.01
 
 
+def test_the_gain_is_the_memory_that_a_byte_on_the_link_stands_for() -> None:
+    meter = LinkMeter(memory=1 << 40)
+    assert meter.gain == 1.0
+    meter.begin(0)
+    meter.end(1000, 100, 400)
+    assert abs(meter.gain - 4.0) < 0.01
+    meter.begin(1000)
+    meter.end(2000, 100)
+    assert abs(meter.gain - 2.5) < 0.01
+
+
 def test_the_figure_follows_a_link_that_changes() -> None:
     meter = LinkMeter(memory=10 << 20)
     now = 0

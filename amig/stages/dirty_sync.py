@@ -140,13 +140,18 @@ class DirtySync:
         return self._convergence.judge(
             rounds=self._round,
             remaining_bytes=pages * PAGE_SIZE,
-            rate=self._convergence.rate(self._stats.link.memory_per_s),
+            rate=self._rate,
             elapsed=now - self._started,
         )
 
+    @property
+    def _rate(self) -> float:
+        link = self._stats.link
+        return self._convergence.rate(link.memory_per_s, link.gain)
+
     def _why_not(self, dirty: Mapping[int, Words]) -> str:
         left = sum(bitmap.count(words) for words in dirty.values()) * PAGE_SIZE
-        rate = self._convergence.rate(self._stats.link.memory_per_s)
+        rate = self._rate
         expected = self._convergence.downtime(left, rate)
         return (
             f"after {self._round} rounds and {time.monotonic() - self._started:.1f} s, {left / 2**20:.0f} MiB are "
