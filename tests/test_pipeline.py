@@ -15,7 +15,8 @@ from amig.guest import RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
 from amig.stages.delta_choice import PATIENCE, TRIAL
-from amig.stages.items import Codec
+from amig.stages.dirty_sync import MIN_BLOCK_PAGES
+from amig.stages.items import BLOCK_PAGES, Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
 from amig.stats import MigrationStats
@@ -206,6 +207,24 @@ async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_wr
     first = [block.first for block in link.blocks if block.round == 1]
     assert first[-4:] == [0, 64, 128, 192]
     assert first[:-4] == sorted(first[:-4]), "of equals, in the order of memory"
+
+
+@pytest.mark.parametrize(("bandwidth", "most"), [(1e6, MIN_BLOCK_PAGES), (None, BLOCK_PAGES)], ids=["slow", "fast"])
+async def test_on_a_slow_link_blocks_are_small_after_the_first_round_for_their_end_is_waited_for(
+    bandwidth: float | None, most: int
+) -> None:
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    link = MemoryLink()
+
+    def start(round_: int) -> None:  # what is written in the first round is dirty at its end
+        guest.after_take = (lambda: guest.write(np.arange(PAGES))) if not round_ else lambda: None
+
+    policy = Policy(chunk=4 << 20, bandwidth=bandwidth, downtime=1e-6, max_rounds=2, on_timeout="switch")
+    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
+    run.assert_equal()
+    largest = [max(block.data_pages for block in link.blocks if block.round == round_) for round_ in (0, 1)]
+    assert largest == [BLOCK_PAGES, most]
 
 
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:

@@ -21,9 +21,12 @@ from amig.stages.ledger import Ledger
 from amig.stages.resumption import Start
 from amig.stats import MigrationStats
 
+BLOCK_SECONDS = 0.005
+"""After the first round a block is what is carried in so much time, or as much as the wire allows,"""
 PAUSED_BLOCKS = 16
+"""and the pages that a paused guest waits for go in so many blocks,"""
 MIN_BLOCK_PAGES = 256
-"""The pages that a paused guest waits for go in so many blocks, none smaller than this."""
+"""none smaller than this."""
 JOINED = 4
 """Extents of zero pages that pass as one, once so many chunks in a row had nothing else."""
 
@@ -171,9 +174,7 @@ class DirtySync:
         present = {region: self._present(region) for region in dirty} if sparse else {}
         ranges = {region: self._plan(region, words, present.get(region)) for region, words in dirty.items()}
         self._planned = sum(int(rows[:, 2].sum()) for rows in ranges.values())
-        block = BLOCK_PAGES
-        if self._paused:  # it waits for the first block to be read, and for the last to be placed
-            block = max(MIN_BLOCK_PAGES, min(self._planned // PAUSED_BLOCKS, BLOCK_PAGES))
+        block = BLOCK_PAGES if sparse else self._block_pages()
         self._round_began = time.monotonic()
         self._observer.round_started(self._round, self._planned, first_pass=sparse)
         if await self._emit_extents(ranges, present, block):
@@ -181,6 +182,13 @@ class DirtySync:
         await self._out.send(RoundEnd(round=self._round), 0)
         self._round += 1
         self._stats.rounds = self._round
+
+    def _block_pages(self) -> int:
+        """Return the most pages of a block: what waits in the pipeline is a number of blocks, and is waited for."""
+        pages = int(self._rate * BLOCK_SECONDS) // PAGE_SIZE
+        if self._paused:  # the guest waits for the first block to be read, and for the last to be placed
+            pages = min(pages, self._planned // PAUSED_BLOCKS)
+        return max(MIN_BLOCK_PAGES, min(pages, BLOCK_PAGES))
 
     async def _emit_extents(self, ranges: Ranges, present: Mapping[int, Words], block: int) -> bool:
         """Put the extents out; returns False when time was up before the last."""
