@@ -226,20 +226,20 @@ def cut(
     """
     if limit_pages <= 0 or (max_span_pages is not None and max_span_pages <= 0):
         raise ValueError("a limit of no pages")
-    filled = int(np.count_nonzero(words))
-    if not filled:
+    used = int(np.count_nonzero(words))
+    if not used:
         return np.empty((0, 3), dtype=np.int64)
     # Few words with set pages are looked at alone. Many are cheaper to look at with the empty ones between them.
-    busy = np.flatnonzero(words) if filled < words.size // 4 else None
+    busy = np.flatnonzero(words) if used < words.size // 4 else None
     held = popcount(words if busy is None else words[busy])
-    if limit_pages % WORD_PAGES == 0 and filled == words.size and max_span_pages is None and held.min() == WORD_PAGES:
+    if limit_pages % WORD_PAGES == 0 and used == words.size and max_span_pages is None and held.min() == WORD_PAGES:
         return _even(words.size * WORD_PAGES, first, limit_pages, pages)  # the first round: nothing to be searched for
     after = np.empty(held.size + 1, dtype=np.int64)
     after[0] = 0
     np.cumsum(held, out=after[1:])
-    full = limit_pages % WORD_PAGES == 0 and after[-1] == filled * WORD_PAGES
+    all_full = limit_pages % WORD_PAGES == 0 and after[-1] == used * WORD_PAGES
     # Where every word is full the stretch is one range.
-    stretch = limit_pages if full else limit_pages * LANE_RANGES
+    stretch = limit_pages if all_full else limit_pages * LANE_RANGES
     edges = np.searchsorted(after[:-1], np.arange(0, after[-1], stretch))
     if max_span_pages is not None:
         edges = np.concatenate((edges, _grid(words.size, busy, words_for(max_span_pages))))
@@ -260,8 +260,8 @@ def cut(
     head = np.concatenate(heads)
     head.sort()
     end = np.append(head[1:], held.size)
-    some = after[end] > after[head]
-    before, behind = after[head[some]], after[end[some]]
+    held_any = after[end] > after[head]
+    before, behind = after[head[held_any]], after[end[held_any]]
     # From the first word with a set page to the last one.
     low, high = np.searchsorted(after, before, side="right") - 1, np.searchsorted(after, behind) - 1
     if busy is not None:

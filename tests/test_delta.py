@@ -38,9 +38,9 @@ def test_the_difference_brings_the_old_version_to_the_new_one() -> None:
 
 def test_a_cache_takes_no_more_than_it_may_and_says_whether_all_memory_fits() -> None:
     small = SentPages(REGIONS, 10 * PAGE_SIZE)
-    assert (small.capacity, small.whole) == (10, False)
+    assert (small.capacity, small.roomy) == (10, False)
     assert (small.find(0, pages(*range(PAGES)), 0).slots != NOWHERE).sum() == 10
-    assert SentPages(REGIONS, 1 << 40).whole
+    assert SentPages(REGIONS, 1 << 40).roomy
 
 
 def test_what_was_not_sent_lately_makes_room_for_what_is() -> None:
@@ -50,6 +50,14 @@ def test_what_was_not_sent_lately_makes_room_for_what_is() -> None:
     sent.find(0, pages(0, 1), 2)
     assert (sent.find(0, pages(10, 11, 12), 3).slots != NOWHERE).sum() == 2
     assert sent.find(0, pages(0, 1, 2, 3), 3).known.tolist() == [True, True, False, False]
+
+
+def test_what_was_forgotten_makes_room_before_what_is_cold() -> None:
+    sent = SentPages(REGIONS, 4 * PAGE_SIZE)
+    sent.find(0, pages(0, 1, 2, 3), 0)
+    sent.forget(0, pages(2, 3))
+    assert sent.find(0, pages(3, 4), 5).known.tolist() == [False, False]
+    assert sent.find(0, pages(0, 1, 3, 4), 5).known.all(), "those that are not sent again for long are kept"
 
 
 class Versions(RuleBasedStateMachine):

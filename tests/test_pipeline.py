@@ -15,7 +15,7 @@ from amig.guest import RunState
 from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
 from amig.stages.delta_choice import PATIENCE, TRIAL
-from amig.stages.dirty_sync import MIN_BLOCK_PAGES
+from amig.stages.dirty_sync import MIN_BLOCK_PAGES, hot_last
 from amig.stages.items import BLOCK_PAGES, Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
@@ -163,13 +163,10 @@ async def test_differences_bring_the_same_memory(compression: str, streams: int,
     assert any(block.codec is Codec.XOR_ZSTD for link in links for block in link.blocks)
 
 
-async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_difference_is_from_an_older_version() -> (
-    None
-):
-    """Of a page that the kernel took as a whole no version is known: the next difference must not use one."""
+async def stuck(rounds: int) -> tuple[Run, dict[int, set[Codec]]]:
+    """Move a guest with a delta cache that leaves as much as ever after each round; returns each round's codecs."""
     guest = ModelGuest(PAGES)
     guest.write(np.arange(0, PAGES, 2))
-    rounds = PATIENCE + TRIAL + 6
     policy = Policy(chunk=1 << 18, delta_cache=PAGES * PAGE_SIZE, downtime=1e-6, max_rounds=rounds, on_timeout="switch")
     link = MemoryLink(live=True)
 
@@ -177,19 +174,34 @@ async def test_where_differences_get_nowhere_pages_go_as_wholes_and_no_later_dif
         if guest.state is RunState.RUNNING:
             guest.write(np.arange(0, 200, 2) + 1024 * (round_ % 2))
 
-    def start(round_: int) -> None:  # as much as ever is left after each round
+    def start(round_: int) -> None:
         write(round_)
         guest.after_take = (lambda: write(0)) if not round_ else lambda: None
 
     run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
-    run.assert_equal()
     coded = {round_: set[Codec]() for round_ in range(run.stats.rounds)}
     for block in link.blocks:
         coded[block.round].add(block.codec)
+    return run, coded
+
+
+async def test_where_differences_get_nowhere_wholes_go_and_no_later_difference_is_from_an_older_version() -> None:
+    """Of a page that the kernel took as a whole no version is known: the next difference must not use one."""
+    rounds = PATIENCE + TRIAL + 6
+    run, coded = await stuck(rounds)
+    run.assert_equal()
     turn = next(round_ for round_ in coded if round_ and coded[round_] == {Codec.RAW})
+    assert turn == 1 + PATIENCE
     assert all(coded[round_] == {Codec.XOR_ZSTD} for round_ in range(2, turn)), "differences until then"
     assert all(coded[round_] == {Codec.RAW} for round_ in range(turn, turn + TRIAL))
     assert any(Codec.XOR_ZSTD in coded[round_] for round_ in range(turn + TRIAL, rounds)), "and again afterwards"
+
+
+async def test_the_last_pages_go_the_way_whose_rate_they_were_judged_by() -> None:
+    """Else the paused guest would wait for a way that nobody has tried."""
+    run, coded = await stuck(1 + PATIENCE)
+    run.assert_equal()
+    assert coded[run.stats.rounds - 1] == {Codec.XOR_ZSTD}
 
 
 async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_written_again() -> None:
@@ -207,6 +219,14 @@ async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_wr
     first = [block.first for block in link.blocks if block.round == 1]
     assert first[-4:] == [0, 64, 128, 192]
     assert first[:-4] == sorted(first[:-4]), "of equals, in the order of memory"
+
+
+def test_what_is_about_as_hot_stays_in_the_order_of_memory() -> None:
+    """In steps of a factor of two: what lies side by side is read side by side."""
+    rows = np.array([[first, 1024, 512 + first % 200] for first in range(0, 1024 * 50, 1024)], np.int64)
+    hot = np.array([[64, 64, 64]], np.int64)
+    assert hot_last(np.concatenate((hot, rows))).tolist() == [*rows.tolist(), *hot.tolist()]
+    assert hot_last(rows[:0]).shape == (0, 3)
 
 
 @pytest.mark.parametrize(("bandwidth", "most"), [(1e6, MIN_BLOCK_PAGES), (None, BLOCK_PAGES)], ids=["slow", "fast"])

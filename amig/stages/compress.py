@@ -120,10 +120,11 @@ class Compress:
     def _look_up(self, block: Block, *, whole: bool) -> Places | None:
         """Find the versions of the block's pages that the destination has; None where it will not need them.
 
-        Pages that are to travel ``whole`` are forgotten: nobody knows which version the kernel takes from memory.
+        Pages that are to travel ``whole`` are forgotten: nobody knows which version the kernel takes from memory, and
+        to remember those that are copied all the same would cost what wholes are to spare.
         """
         sent = self._sent
-        if sent is None or not (block.round or sent.whole):
+        if sent is None or not (block.round or sent.roomy):
             return None
         if block.round and block.zero_pages:
             sent.forget(block.region, bitmap.to_pages(block.zero, block.first))
@@ -176,14 +177,14 @@ class Compress:
             self._sent.store(slots[news], self._rows(pages, news))
         if not known.any():
             return (block,)
-        whole = bool(known.all())
-        older = pages if whole else self._rows(pages, known)
+        everything = bool(known.all())
+        older = pages if everything else self._rows(pages, known)
         packed = self._pack(self._sent.exchange(slots[known], older, self._scratch(1)).reshape(-1).data)
         if len(packed) >= older.nbytes:
             return (block,)  # nothing in common: the pages themselves; they are remembered all the same
         self._stats.pages_delta += len(older)
         data = memoryview(packed)
-        if whole:
+        if everything:
             return (replace(block, codec=Codec.XOR_ZSTD, data=data, size=len(data)),)
         index = bitmap.to_pages(block.pages & ~block.zero, 0)
         words = bitmap.from_pages(index[known], block.span)

@@ -42,13 +42,14 @@ class SentPages:
         regions = list(regions)
         needed = sum(region.pages for region in regions)
         self.capacity = min(limit // PAGE_SIZE, needed)
-        self.whole = self.capacity == needed
+        self.roomy = self.capacity == needed
         """Whether it has room for every page, and so may start with the first round."""
         self._slot = {region.id: np.full(region.pages, NOWHERE, np.int32) for region in regions}
-        self._seen = np.full(self.capacity, -1, np.int32)  # the round in which a slot's page was last sent
+        self._seen = np.full(self.capacity, NOWHERE, np.int32)  # the round in which a slot's page was last sent
         self._page = np.zeros(self.capacity, np.int64)
         self._region = np.zeros(self.capacity, np.int64)
         self._used = 0
+        self._free = np.empty(0, np.int32)  # slots whose pages were forgotten
         self._memory = mmap.mmap(-1, max(self.capacity, 1) * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # what is never used costs nothing, what is used few faults
@@ -72,11 +73,12 @@ class SentPages:
         return Places(slots=slots, known=known)
 
     def forget(self, region: int, index: PageIndex) -> None:
-        """The destination's version of these pages is another one now (zero)."""
+        """The destination's version of these pages is another one now: zero, or one that nobody here knows."""
         slots = self._slot[region][index]
         gone = slots[slots != NOWHERE]
         self._slot[region][index] = NOWHERE
-        self._seen[gone] = -1
+        self._seen[gone] = NOWHERE
+        self._free = np.concatenate((gone, self._free))
 
     def exchange(self, slots: Slots, pages: Pages, old: Pages) -> Pages:
         """Remember ``pages`` and return how they differ from what was remembered, in ``old`` (as large, or larger)."""
@@ -91,11 +93,13 @@ class SentPages:
         self._pages[slots] = pages
 
     def _room(self, count: int, round_: int) -> Slots:
-        fresh = min(count, self.capacity - self._used)
-        slots = np.arange(self._used, self._used + fresh, dtype=np.int32)
+        slots, self._free = self._free[:count], self._free[count:]
+        fresh = min(count - len(slots), self.capacity - self._used)
+        slots = np.concatenate((slots, np.arange(self._used, self._used + fresh, dtype=np.int32)))
         self._used += fresh
-        if fresh < count:
-            cold = np.flatnonzero(self._seen[: self._used - fresh] < round_ - 1)[: count - fresh].astype(np.int32)
+        if len(slots) < count:
+            seen = self._seen[: self._used - fresh]
+            cold = np.flatnonzero((seen != NOWHERE) & (seen < round_ - 1))[: count - len(slots)].astype(np.int32)
             self._evict(cold)
             slots = np.concatenate((slots, cold))
         return slots

@@ -8,7 +8,7 @@ from statistics import fmean
 PATIENCE = 16
 """Rounds without progress after which the other way is tried."""
 PROGRESS = 0.75
-"""What is left is progress when it is less than this part of the least before: less than that is luck."""
+"""What is left is progress when it is less than this part of what was left before: less than that is luck."""
 TRIAL = 8
 """Rounds for which the other way is tried. The first half of them is still about what the way before has left."""
 WEARY = 4
@@ -16,7 +16,7 @@ WEARY = 4
 
 
 class DeltaChoice:
-    """Differences at first; the other way is tried when the present one gets nowhere, and kept if it does better.
+    """Differences at first; the other way is tried when the present one gets nowhere, and kept if it gets somewhere.
 
     A difference spares the link and costs the processors of both sides. What outweighs what can't be told from one
     side's figures, only from what whole rounds come to: how much is left after them.
@@ -45,7 +45,7 @@ class DeltaChoice:
                 self._judge(self._usual)
 
     def _judge(self, usual: float) -> None:
-        if fmean(self._seen[TRIAL // 2 :]) < usual:
+        if fmean(self._seen[TRIAL // 2 :]) < PROGRESS * usual:
             self._patience = PATIENCE
             self._begin(usual=None)
         else:

@@ -139,13 +139,16 @@ class DirtySync:
         if ended is not None:
             self._convergence.round_took(self._planned * PAGE_SIZE, now - self._round_began)
             self._observer.round_ended(ended, self._planned, pages, now - self._round_began)
-            self._deltas.round_ended(pages)
-        return self._convergence.judge(
+        verdict = self._convergence.judge(
             rounds=self._round,
             remaining_bytes=pages * PAGE_SIZE,
             rate=self._rate,
             elapsed=now - self._started,
         )
+        # The last pages go the way whose rate they were judged by, and not one that is only about to be tried.
+        if ended is not None and verdict is Verdict.GO_ON:
+            self._deltas.round_ended(pages)
+        return verdict
 
     @property
     def _rate(self) -> float:
