@@ -131,24 +131,22 @@ class DirtySync:
             raise NotConverging(self._why_not(dirty))
         if verdict is Verdict.FORCE:
             await self._ledger.wait_placed(last)
+        if verdict is Verdict.GO_ON:  # else the last pages go the way whose rate they were judged by
+            self._deltas.round_ended(_pages(dirty))
         return dirty, verdict in (Verdict.SWITCH, Verdict.FORCE)
 
     def _judge(self, dirty: Mapping[int, Words], ended: int | None) -> Verdict:
-        pages = sum(bitmap.count(words) for words in dirty.values())
+        pages = _pages(dirty)
         now = time.monotonic()
         if ended is not None:
             self._convergence.round_took(self._planned * PAGE_SIZE, now - self._round_began)
             self._observer.round_ended(ended, self._planned, pages, now - self._round_began)
-        verdict = self._convergence.judge(
+        return self._convergence.judge(
             rounds=self._round,
             remaining_bytes=pages * PAGE_SIZE,
             rate=self._rate,
             elapsed=now - self._started,
         )
-        # The last pages go the way whose rate they were judged by, and not one that is only about to be tried.
-        if ended is not None and verdict is Verdict.GO_ON:
-            self._deltas.round_ended(pages)
-        return verdict
 
     @property
     def _rate(self) -> float:
@@ -156,7 +154,7 @@ class DirtySync:
         return self._convergence.rate(link.memory_per_s, link.gain)
 
     def _why_not(self, dirty: Mapping[int, Words]) -> str:
-        left = sum(bitmap.count(words) for words in dirty.values()) * PAGE_SIZE
+        left = _pages(dirty) * PAGE_SIZE
         rate = self._rate
         expected = self._convergence.downtime(left, rate)
         return (
@@ -254,6 +252,10 @@ class DirtySync:
         rows[-1, 1] = pages - rows[-1, 0]
         assert not (rows[:, 0] % WORD_PAGES).any()  # noqa: S101 - a misplaced clear would lose pages in silence
         return rows
+
+
+def _pages(dirty: Mapping[int, Words]) -> int:
+    return sum(bitmap.count(words) for words in dirty.values())
 
 
 def hot_last(rows: bitmap.Index) -> bitmap.Index:
