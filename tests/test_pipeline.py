@@ -204,17 +204,23 @@ async def test_the_last_pages_go_the_way_whose_rate_they_were_judged_by() -> Non
     assert coded[run.stats.rounds - 1] == {Codec.XOR_ZSTD}
 
 
+def left_by_the_first_round(guest: ModelGuest, pages: np.ndarray) -> Rounds:
+    """The guest writes these pages while the first round is taken, so that they are dirty at its end; nothing later."""
+
+    def start(round_: int) -> None:
+        guest.after_take = (lambda: guest.write(pages)) if not round_ else lambda: None
+
+    return Rounds(on_start=start)
+
+
 async def test_what_is_written_most_goes_last_for_it_has_the_least_time_to_be_written_again() -> None:
     guest = ModelGuest(PAGES)
     guest.write(np.arange(PAGES))
     hot, cold = np.arange(256), np.arange(256, PAGES, 16)
     link = MemoryLink()
-
-    def start(round_: int) -> None:  # what is written in the first round is dirty at its end
-        guest.after_take = (lambda: guest.write(np.concatenate([hot, cold]))) if not round_ else lambda: None
-
+    rounds = left_by_the_first_round(guest, np.concatenate([hot, cold]))
     policy = Policy(chunk=1 << 18, downtime=1e-6, max_rounds=2, on_timeout="switch")
-    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
+    run = await migrate(guest, policy, rounds=rounds, links=[link])
     run.assert_equal()
     first = [block.first for block in link.blocks if block.round == 1]
     assert first[-4:] == [0, 64, 128, 192]
@@ -236,12 +242,9 @@ async def test_on_a_slow_link_blocks_are_small_after_the_first_round_for_their_e
     guest = ModelGuest(PAGES)
     guest.write(np.arange(PAGES))
     link = MemoryLink()
-
-    def start(round_: int) -> None:  # what is written in the first round is dirty at its end
-        guest.after_take = (lambda: guest.write(np.arange(PAGES))) if not round_ else lambda: None
-
+    rounds = left_by_the_first_round(guest, np.arange(PAGES))
     policy = Policy(chunk=4 << 20, bandwidth=bandwidth, downtime=1e-6, max_rounds=2, on_timeout="switch")
-    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[link])
+    run = await migrate(guest, policy, rounds=rounds, links=[link])
     run.assert_equal()
     largest = [max(block.data_pages for block in link.blocks if block.round == round_) for round_ in (0, 1)]
     assert largest == [BLOCK_PAGES, most]

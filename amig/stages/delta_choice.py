@@ -28,11 +28,11 @@ class DeltaChoice:
         self._patience = PATIENCE
         self._least = math.inf
         self._idle = 0
-        self._seen: list[int] = []
+        self._seen: list[float] = []
         self._usual: float | None = None  # what the way before a trial left; None: there is none under way
 
-    def round_ended(self, remaining: int) -> None:
-        """Take in how many pages were dirty after a round."""
+    def round_ended(self, remaining: float) -> None:
+        """Take in how much was dirty after a round, in bytes."""
         self._seen = [*self._seen[1 - TRIAL :], remaining]
         if self._usual is None:
             self._idle = 0 if remaining < PROGRESS * self._least else self._idle + 1

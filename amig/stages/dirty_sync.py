@@ -132,7 +132,7 @@ class DirtySync:
         if verdict is Verdict.FORCE:
             await self._ledger.wait_placed(last)
         if verdict is Verdict.GO_ON:  # else the last pages go the way whose rate they were judged by
-            self._deltas.round_ended(_pages(dirty))
+            self._deltas.round_ended(self._convergence.history[-1])
         return dirty, verdict in (Verdict.SWITCH, Verdict.FORCE)
 
     def _judge(self, dirty: Mapping[int, Words], ended: int | None) -> Verdict:
