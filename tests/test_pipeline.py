@@ -250,6 +250,24 @@ async def test_on_a_slow_link_blocks_are_small_after_the_first_round_for_their_e
     assert largest == [BLOCK_PAGES, most]
 
 
+async def test_a_cap_on_the_link_is_reckoned_with_in_the_memory_that_it_stands_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What compresses well moves more memory than the operator allows bytes on the link."""
+    gains: list[float] = []
+    rate = Convergence.rate
+
+    def noted(self: Convergence, link: float, gain: float = 1.0) -> float:
+        gains.append(gain)
+        return rate(self, link, gain)
+
+    monkeypatch.setattr(Convergence, "rate", noted)
+    guest = ModelGuest(PAGES)
+    guest.write(np.arange(PAGES))
+    (await migrate(guest, Policy(compression="zstd", bandwidth=1e6))).assert_equal()
+    assert gains[-1] > 10
+
+
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:
     guest = ModelGuest(PAGES)
     guest.write([5, 700, 701])
