@@ -185,6 +185,11 @@ class Convergence:
         """
         return min(self.fixed, self.limits.downtime / 2)
 
+    @property
+    def overrun(self) -> float:
+        """Seconds by which a pause may exceed the limit, because the fixed part takes more than is set aside for it."""
+        return self.fixed - self.set_aside
+
     def downtime(self, remaining_bytes: float, rate: float) -> float:
         """Return the expected downtime in seconds."""
         return self.set_aside + (remaining_bytes / rate if rate else float("inf") if remaining_bytes else 0.0)

@@ -16,7 +16,7 @@ from amig.memory import PAGE_SIZE
 from amig.policy import Convergence, Limits, Policy
 from amig.stages.delta_choice import PATIENCE, TRIAL
 from amig.stages.dirty_sync import MIN_BLOCK_PAGES, hot_last
-from amig.stages.items import BLOCK_PAGES, Codec
+from amig.stages.items import BLOCK_PAGES, Block, Codec
 from amig.stages.ledger import Ledger
 from amig.stages.pipeline import DestinationPipeline, SourcePipeline
 from amig.stats import MigrationStats
@@ -266,6 +266,40 @@ async def test_a_cap_on_the_link_is_reckoned_with_in_the_memory_that_it_stands_f
     guest.write(np.arange(PAGES))
     (await migrate(guest, Policy(compression="zstd", bandwidth=1e6))).assert_equal()
     assert gains[-1] > 10
+
+
+@pytest.mark.parametrize("stalled", [0, 1], ids=["compressed", "differences"])
+async def test_what_waits_for_a_slow_link_waits_packed_and_holds_no_buffer(stalled: int) -> None:
+    """All of a round is read and packed while the link stands still, which is more than there are buffers for."""
+    pages, chunks = 16 * BLOCK_PAGES, 16
+    guest = ModelGuest(pages)
+    guest.write(np.arange(pages))
+    taken = {0: 0, 1: 0}
+    now = 0
+
+    class Stalled(MemoryLink):
+        async def send_block(self, block: Block) -> int:
+            while block.round == stalled and taken[stalled] < chunks:
+                await asyncio.sleep(0.001)
+            return await super().send_block(block)
+
+    def start(round_: int) -> None:
+        nonlocal now
+        now = round_
+
+    def count() -> None:
+        taken[now] = taken.get(now, 0) + 1
+        if now < stalled:  # once more, in the round that the link will not carry
+            guest.write(np.arange(pages))
+
+    guest.after_take = count
+    policy = Policy(
+        chunk=pages // chunks * PAGE_SIZE, compression="zstd", delta_cache=stalled * pages * PAGE_SIZE,
+        downtime=1e-6, max_rounds=2, on_timeout="switch",
+    )  # fmt: skip
+    run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[Stalled(live=False)])
+    run.assert_equal()
+    assert run.stats.pages_delta == stalled * pages
 
 
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:

@@ -37,6 +37,8 @@ def test_a_disk_that_was_slow_once_does_not_put_the_limit_out_of_reach() -> None
 
 def test_a_limit_shorter_than_the_fixed_part_is_tried_for_all_the_same() -> None:
     decision = convergence(downtime=FIXED / 2)
+    assert decision.overrun == pytest.approx(FIXED - FIXED / 4), "and by how much it may be exceeded is known"
+    assert convergence().overrun == 0
     assert decision.judge(rounds=1, remaining_bytes=FIXED / 5 * GIB, rate=GIB, elapsed=1) is Verdict.SWITCH
     assert decision.judge(rounds=1, remaining_bytes=FIXED / 3 * GIB, rate=GIB, elapsed=1) is Verdict.GO_ON
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from amig.errors import InDoubt, LinkLost, MigrationError, Refused, SnapshotError, UsageError
-from amig.events import Event, Progress, RoundEnded, State, StateChanged
+from amig.events import Event, Notice, Progress, RoundEnded, State, StateChanged
 from amig.guest import RunState
 from amig.memory import MemoryMap
 from amig.policy import Policy
@@ -246,6 +246,17 @@ async def test_limits_can_be_changed_in_flight() -> None:
                     migration.set_bandwidth(None)
                     migration.set_downtime(1.0)
     assert_moved(guest, receiver)
+
+
+@pytest.mark.parametrize(("downtime", "told"), [(0.004, True), (3.0, False)])
+async def test_a_limit_that_the_handover_itself_exceeds_is_told_beforehand(downtime: float, told: bool) -> None:
+    guest = busy_guest()
+    async with receiving() as receiver, Migration(guest, receiver.address, Policy(downtime=downtime)) as migration:
+        events = [event async for event in migration]
+    assert_moved(guest, receiver)
+    notices = [at for at, event in enumerate(events) if isinstance(event, Notice) and "--downtime 4 ms" in event.text]
+    assert len(notices) == told
+    assert all(at < next(i for i, event in enumerate(events) if isinstance(event, RoundEnded)) for at in notices)
 
 
 async def test_two_migrations_in_one_process() -> None:

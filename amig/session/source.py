@@ -40,6 +40,7 @@ from amig.stages.pipeline import SourcePipeline
 from amig.stages.resumption import Start
 from amig.stages.send import Throttle
 from amig.stats import MigrationStats
+from amig.units import format_duration
 from amig.wire.messages import RESUME_FEATURE, Digests, End, Hello
 
 HASH_RATE = 1e9
@@ -201,6 +202,8 @@ class SourceSession:
         """Move the guest over the connections that there are."""
         before = self.stats.pages_sent, self.stats.pages_zero
         self._convergence.measured(round_trip=await self._destination.round_trip(), record=self._record_took)
+        if not self.reconnects:
+            self._tell_if_short()
         async with asyncio.TaskGroup() as group:
             listener = group.create_task(self._destination.listen())
             await apart(self._until_prepared(pipeline, before))
@@ -369,6 +372,18 @@ class SourceSession:
             state_digest=hashlib.blake2b(state, digest_size=32).digest(),
             memory_roots=b"" if self._digests is None else self._digests.roots(),
         )
+
+    def _tell_if_short(self) -> None:
+        """Say beforehand that the limit can't be kept, however little is left to send."""
+        overrun, limit = self._convergence.overrun, self._convergence.limits.downtime
+        if overrun > 0:
+            self._tell(
+                Notice(
+                    text=f"the handover takes about {format_duration(self._convergence.fixed)} by itself, so the guest "
+                    f"may stand still for {format_duration(limit + overrun)}: --downtime {format_duration(limit)} is "
+                    "short for that"
+                )
+            )
 
     def _all_pages(self) -> Iterable[Digests]:
         """Return the digests of all memory, hashed as they are sent; nothing unless that was asked for."""

@@ -62,7 +62,8 @@ class Compress:
         self._markers = markers
         self._live = live
         self._stats = stats
-        self._encoding: deque[asyncio.Future[tuple[Block, ...]]] = deque()
+        self._encoding: deque[tuple[Pages, asyncio.Future[tuple[Block, ...]]]] = deque()
+        """Blocks on the worker threads, in the order they came, each with the buffer that its pages were copied to."""
         self._threads = ThreadPoolExecutor(workers, "amig-compress", initializer=be_patient)
         self._local = threading.local()
         self._spare: Pages | None = None
@@ -100,8 +101,9 @@ class Compress:
         if places is not None or packing or not self._live:
             block = await self._copy(block)
         if places is not None or packing:
-            loop = asyncio.get_running_loop()
-            self._encoding.append(loop.run_in_executor(self._threads, self._encode, block, places, packing))
+            assert block.buffer is not None  # noqa: S101 - it was copied just now
+            encoding = asyncio.get_running_loop().run_in_executor(self._threads, self._encode, block, places, packing)
+            self._encoding.append((block.buffer, encoding))
             await self._drain(2 * self._workers)
         else:
             await self._drain(0)
@@ -147,15 +149,19 @@ class Compress:
         return replace(block, data=data, buffer=buffer, cleared_ns=0)
 
     async def _drain(self, leave: int) -> None:
-        while len(self._encoding) > leave or (self._encoding and self._encoding[0].done()):
-            blocks = await self._encoding[0]
+        while len(self._encoding) > leave or (self._encoding and self._encoding[0][1].done()):
+            buffer, encoding = self._encoding[0]
+            blocks = await encoding
             self._encoding.popleft()
+            if all(block.buffer is None for block in blocks):  # while encoded ones wait, it serves for the next
+                self._pool.release(buffer)
             for block in blocks:
                 await self._out.send(block, block.size)
 
     # on the worker threads
 
     def _encode(self, block: Block, places: Places | None, packing: bool) -> tuple[Block, ...]:
+        """Encode a copied block; what still lies in its buffer says so by holding it, the rest lets go of it."""
         begin = time.monotonic_ns()
         blocks: tuple[Block, ...] = (block,)
         if places is not None:
@@ -185,7 +191,7 @@ class Compress:
         self._stats.pages_delta += len(older)
         data = memoryview(packed)
         if everything:
-            return (replace(block, codec=Codec.XOR_ZSTD, data=data, size=len(data)),)
+            return (replace(block, codec=Codec.XOR_ZSTD, data=data, size=len(data), buffer=None),)
         index = bitmap.to_pages(block.pages & ~block.zero, 0)
         words = bitmap.from_pages(index[known], block.span)
         rest = pages[~known]
@@ -195,7 +201,8 @@ class Compress:
                 data_pages=len(older), zero_pages=0, buffer=None,
             ),
             replace(
-                block, data=rest.reshape(-1).data, size=rest.nbytes, pages=block.pages & ~words, data_pages=len(rest)
+                block, data=rest.reshape(-1).data, size=rest.nbytes, pages=block.pages & ~words, data_pages=len(rest),
+                buffer=None,
             ),
         )  # fmt: skip
 
@@ -204,7 +211,7 @@ class Compress:
         packed = self._pack_and_learn(raw)
         if len(packed) >= raw.nbytes:
             return block
-        return replace(block, codec=Codec.ZSTD, data=memoryview(packed), size=len(packed))
+        return replace(block, codec=Codec.ZSTD, data=memoryview(packed), size=len(packed), buffer=None)
 
     def _pack_and_learn(self, raw: memoryview) -> bytes:
         begin = time.monotonic_ns()
