@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +13,10 @@ import pytest
 from amig import bitmap
 from amig.errors import NotConverging
 from amig.guest import RunState
-from amig.memory import PAGE_SIZE
+from amig.memory import PAGE_SIZE, Pages
 from amig.policy import Convergence, Limits, Policy
+from amig.stages.buffers import BufferPool
+from amig.stages.compress import Compress
 from amig.stages.delta_choice import PATIENCE, TRIAL
 from amig.stages.dirty_sync import MIN_BLOCK_PAGES, hot_last
 from amig.stages.items import BLOCK_PAGES, Block, Codec
@@ -300,6 +303,31 @@ async def test_what_waits_for_a_slow_link_waits_packed_and_holds_no_buffer(stall
     run = await migrate(guest, policy, rounds=Rounds(on_start=start), links=[Stalled(live=False)])
     run.assert_equal()
     assert run.stats.pages_delta == stalled * pages
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 2), (2, 4)])
+async def test_compression_holds_two_buffers_for_each_worker_however_slow_it_is(
+    workers: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is packed and one is read, or waits: the most of what a migration needs beside the guest's memory."""
+    held: dict[int, int] = {}
+    acquire, pack = BufferPool.acquire, Compress._pack
+
+    def slowly(self: Compress, raw: memoryview) -> bytes:
+        time.sleep(0.01)
+        return pack(self, raw)
+
+    async def noted(self: BufferPool) -> Pages:
+        buffer = await acquire(self)
+        held[self.count] = max(held.get(self.count, 0), self.count - self.free)
+        return buffer
+
+    monkeypatch.setattr(BufferPool, "acquire", noted)
+    monkeypatch.setattr(Compress, "_pack", slowly)
+    guest = ModelGuest(16 * BLOCK_PAGES)
+    guest.write(np.arange(16 * BLOCK_PAGES))
+    (await migrate(guest, Policy(compression="zstd", workers=workers))).assert_equal()
+    assert held[min(held)] == most, "the source's pool is the smaller one"
 
 
 async def test_holes_are_never_sent_and_count_as_zero_pages() -> None:

@@ -104,7 +104,7 @@ class Compress:
             assert block.buffer is not None  # noqa: S101 - it was copied just now
             encoding = asyncio.get_running_loop().run_in_executor(self._threads, self._encode, block, places, packing)
             self._encoding.append((block.buffer, encoding))
-            await self._drain(2 * self._workers)
+            await self._drain(2 * self._workers - 1)  # with the one that is read meanwhile, two for each worker
         else:
             await self._drain(0)
             await self._out.send(block, block.size)
