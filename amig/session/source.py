@@ -375,13 +375,13 @@ class SourceSession:
 
     def _tell_if_short(self) -> None:
         """Say beforehand that the limit can't be kept, however little is left to send."""
-        overrun, limit = self._convergence.overrun, self._convergence.limits.downtime
-        if overrun > 0:
+        limit, fixed = self._convergence.limits.downtime, self._convergence.fixed
+        most = limit + self._convergence.overrun
+        if most > limit:
             self._tell(
                 Notice(
-                    text=f"the handover takes about {format_duration(self._convergence.fixed)} by itself, so the guest "
-                    f"may stand still for {format_duration(limit + overrun)}: --downtime {format_duration(limit)} is "
-                    "short for that"
+                    text=f"the handover takes about {format_duration(fixed)} by itself, so the guest may stand still "
+                    f"for {format_duration(most)}, more than --downtime {format_duration(limit)}"
                 )
             )
 
