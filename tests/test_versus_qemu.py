@@ -133,6 +133,20 @@ def test_a_line_through_costs() -> None:
         line_fit([1, 2], [1, 2])
 
 
+def test_growth_is_told_for_each_kind_of_destination_apart() -> None:
+    """Fresh memory costs so much that a line through both would be no line."""
+    reports = []
+    for gib in (1, 2, 4):
+        one = replace(SMALL, memory=gib << 30, modes=(AMIG,))
+        some = [run(AMIG, 0, gib * (1.0 if p else 3.0), preallocated=p) for p in (False, True)]
+        reports.append(report(one, one.modes, some, {}))
+    slopes = {one.preallocated: one.per_gib for one in growth.lines(reports) if one.what == "total time, s"}
+    assert slopes == {False: pytest.approx(3.0), True: pytest.approx(1.0)}
+    text = growth.markdown(growth.Growth(machine={}, lines=tuple(growth.lines(reports)), rounds=()))
+    assert "as it arrives" in text
+    assert "populated" in text
+
+
 def test_the_bitmap_work_is_that_of_a_round() -> None:
     found = {one.dirty: one for one in growth.rounds(1 << 30, repeat=2)}
     pages = (1 << 30) // 4096

@@ -16,6 +16,7 @@ from amig.memory import PAGE_SIZE, MemoryMap, Region, Slot, Words
 from amig.policy import Policy
 from amig.sim.kernel_log import SimKernelLog
 from amig.stages.dirty_sync import hot_last
+from tests.bench.report import kind
 from tests.bench.summary import LINEAR, Report, line_fit
 
 TIB = 1 << 40
@@ -27,6 +28,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     """How one cost grows."""
 
     what: str
+    preallocated: bool
+    """Whether the destinations had their memory beforehand."""
     fixed: float
     per_gib: float
     off: float
@@ -58,18 +61,20 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def lines(reports: Sequence[Report]) -> list[Line]:
-    """Return how the costs of the first mode grow over the sizes that were run."""
+    """Return how the costs of the first mode grow over the sizes that were run, for each kind of destination."""
     found: list[Line] = []
-    for what, name in (("total time, s", "total_s"), ("CPU time of both sides, s", "cpu_gib_s")):
-        points = []
-        for one in reports:
-            gib = float(one.setting["memory"].split()[0]) / 1024
-            value = getattr(one.rows[0], name)
-            if value is not None:
-                points.append((gib, value.median * (gib if name == "cpu_gib_s" else 1.0)))
-        if len(points) >= 3:
-            a, b, off = line_fit([p[0] for p in points], [p[1] for p in points])
-            found.append(Line(what=what, fixed=a, per_gib=b, off=off))
+    for preallocated in (False, True):
+        for what, name in (("total time, s", "total_s"), ("CPU time of both sides, s", "cpu_gib_s")):
+            points = []
+            for one in reports:
+                gib = float(one.setting["memory"].split()[0]) / 1024
+                row = next((row for row in one.rows if row.preallocated == preallocated), None)
+                value = row and getattr(row, name)
+                if value is not None:
+                    points.append((gib, value.median * (gib if name == "cpu_gib_s" else 1.0)))
+            if len(points) >= 3:
+                a, b, off = line_fit([p[0] for p in points], [p[1] for p in points])
+                found.append(Line(what=what, preallocated=preallocated, fixed=a, per_gib=b, off=off))
     return found
 
 
@@ -136,10 +141,18 @@ def markdown(growth: Growth) -> str:
     out = ["; ".join(f"{name}: {value}" for name, value in growth.machine.items()) + ".", ""]
     if growth.lines:
         costs = [
-            (one.what, f"{one.fixed:.3f}", f"{one.per_gib:.3f}", f"{one.off * 100:.1f} %", _word(one.off <= LINEAR))
+            (
+                one.what,
+                kind(preallocated=one.preallocated),
+                f"{one.fixed:.3f}",
+                f"{one.per_gib:.3f}",
+                f"{one.off * 100:.1f} %",
+                _word(one.off <= LINEAR),
+            )
             for one in growth.lines
         ]
-        out += [*table(("cost of idle guests, all touched", "fixed", "a GiB", "off the line", ""), costs), ""]
+        head = ("cost of idle guests, all touched", "destination", "fixed", "a GiB", "off the line", "")
+        out += [*table(head, costs), ""]
     body = [
         (
             one.dirty,

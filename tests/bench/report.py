@@ -42,6 +42,11 @@ def where(*, preallocated: bool) -> str:
     return "with their memory populated beforehand" if preallocated else "that populate their memory as it arrives"
 
 
+def kind(*, preallocated: bool) -> str:
+    """Return the same as a word in a table."""
+    return "populated" if preallocated else "as it arrives"
+
+
 def results(rows: Sequence[Row]) -> list[str]:
     """Return the table of all modes."""
     head = (
@@ -82,7 +87,7 @@ def targets(findings: Sequence[Finding]) -> list[str]:
     body = [
         (
             finding.text,
-            "populated" if finding.preallocated else "as it arrives",
+            kind(preallocated=finding.preallocated),
             f"{finding.wanted:.2f}",
             show(finding.found, 2) or "not measured",
             {True: "met", False: "**missed**", None: ""}[finding.met],

@@ -158,7 +158,6 @@ def _grown(gib: int) -> Scenario:
         memory=gib * GIB,
         words=f"workload=idle ws=64MiB fill=random fill_size={gib * GIB - OWN}",
         modes=(AMIG, MULTIFD),
-        preallocated=(True,),
         tags=frozenset({"growth"}),
     )
 
