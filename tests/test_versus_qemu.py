@@ -129,6 +129,8 @@ def test_a_line_through_costs() -> None:
     assert b == pytest.approx(1.0)
     assert off < 1e-9
     assert line_fit([1, 2, 4, 8], [1, 2, 4, 12])[2] > 0.1
+    noisy = line_fit([1, 2, 4, 8], [1.4, 2.4, 4.4, 9.2])
+    assert noisy[0] == pytest.approx(0.4, abs=0.1), "what the largest was late by is not taken from the fixed part"
     with pytest.raises(ValueError, match="fewer than three"):
         line_fit([1, 2], [1, 2])
 

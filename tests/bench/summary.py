@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
+import numpy as np
 
 from amig.bench.summary import Spread, spread
 from tests.bench.measured import Run
@@ -234,9 +235,15 @@ def _held(scenario: Scenario, target: Target, runs: Sequence[Run], general: str 
 
 
 def line_fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float, float]:
-    """Return the line ``a + b size`` of least squares, and the largest distance of a cost from it, by the line."""
+    """Return the line ``a + b size`` of least squares, and the largest distance of a cost from it, by the line.
+
+    Squares of distances by the cost: what the machine does to a run lengthens it by a share. Distances as they are
+    would let the noise of the largest guest bend the line away from the smallest.
+    """
     if len(sizes) < 3:
         raise ValueError("a line through fewer than three points says nothing")
-    b, a = statistics.linear_regression(sizes, costs)  # slope first
-    off = max(abs(cost - (a + b * size)) / (a + b * size) for size, cost in zip(sizes, costs, strict=True))
-    return a, b, off
+    size, cost = np.array(sizes, float), np.array(costs, float)
+    (a, b), *_ = np.linalg.lstsq(np.column_stack([np.ones_like(size), size]) / cost[:, None], np.ones_like(cost), None)
+    line = a + b * size
+    off = float((abs(cost - line) / line).max())
+    return float(a), float(b), off
