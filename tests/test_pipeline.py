@@ -277,13 +277,13 @@ async def test_what_waits_for_a_slow_link_waits_packed_and_holds_no_buffer(stall
     pages, chunks = 16 * BLOCK_PAGES, 16
     guest = ModelGuest(pages)
     guest.write(np.arange(pages))
-    taken = {0: 0, 1: 0}
-    now = 0
+    taken = now = 0
+    all_taken = asyncio.Event()
 
     class Stalled(MemoryLink):
         async def send_block(self, block: Block) -> int:
-            while block.round == stalled and taken[stalled] < chunks:
-                await asyncio.sleep(0.001)
+            if block.round == stalled:
+                await all_taken.wait()
             return await super().send_block(block)
 
     def start(round_: int) -> None:
@@ -291,7 +291,10 @@ async def test_what_waits_for_a_slow_link_waits_packed_and_holds_no_buffer(stall
         now = round_
 
     def count() -> None:
-        taken[now] = taken.get(now, 0) + 1
+        nonlocal taken
+        taken += now == stalled
+        if taken == chunks:
+            all_taken.set()
         if now < stalled:  # once more, in the round that the link will not carry
             guest.write(np.arange(pages))
 

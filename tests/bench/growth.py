@@ -64,18 +64,19 @@ def lines(reports: Sequence[Report]) -> list[Line]:
     """Return how the costs of the first mode grow over the sizes that were run, for each kind of destination."""
     found: list[Line] = []
     for preallocated in (False, True):
-        for what, name in (("total time, s", "total_s"), ("CPU time of both sides, s", "cpu_gib_s")):
-            points = []
-            for one in reports:
-                gib = float(one.setting["memory"].split()[0]) / 1024
-                row = next((row for row in one.rows if row.preallocated == preallocated), None)
-                value = row and getattr(row, name)
-                if value is not None:
-                    points.append((gib, value.median * (gib if name == "cpu_gib_s" else 1.0)))
+        rows = [(_gib(one), row) for one in reports for row in one.rows if row.preallocated == preallocated]
+        first = [(gib, row) for gib, row in rows if row.mode == rows[0][1].mode]
+        total = [(gib, row.total_s.median) for gib, row in first if row.total_s is not None]
+        cpu = [(gib, row.cpu_gib_s.median * gib) for gib, row in first if row.cpu_gib_s is not None]
+        for what, points in (("total time, s", total), ("CPU time of both sides, s", cpu)):
             if len(points) >= 3:
                 a, b, off = line_fit([p[0] for p in points], [p[1] for p in points])
                 found.append(Line(what=what, preallocated=preallocated, fixed=a, per_gib=b, off=off))
     return found
+
+
+def _gib(report: Report) -> float:
+    return float(report.setting["memory"].split()[0]) / 1024
 
 
 def rounds(size: int = TIB, repeat: int = 5) -> list[Round]:
