@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -60,6 +61,12 @@ async def calling(path: Path) -> AsyncIterator[Caller]:
     finally:
         writer.close()
         await writer.wait_closed()
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens there: between bind and listen the socket is there, and refuses."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 @pytest.fixture
@@ -169,7 +176,7 @@ def test_it_runs_on_uvloop(path: Path) -> None:
 async def test_as_a_program_it_ends_in_order(path: Path) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, str(PATH), str(path), env=os.environ)
     try:
-        await until(path.exists, "it listens")
+        await until(lambda: answers(path), "it listens")
         async with calling(path) as caller:
             caller.say("list")
             assert (await caller.hear())["moves"] == {}
